@@ -1,0 +1,55 @@
+//! What the loader tells the eBPF programs before they load: read-only globals, constants to the verifier.
+
+use core::mem::size_of;
+
+use zerocopy::{Immutable, IntoBytes};
+
+/// Global of type [`Offsets`].
+pub const OFFSETS: &str = "OFFSETS";
+/// Global of type [`Switches`].
+pub const SWITCHES: &str = "SWITCHES";
+
+/// Byte offsets of fields, taken from the running kernel's BTF; unused without BTF.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoBytes, Immutable)]
+pub struct Offsets {
+    /// In `struct sock`, with all that is nested in it.
+    pub sk_family: u32,
+    pub sk_num: u32,
+    pub sk_dport: u32,
+    pub sk_rcv_saddr: u32,
+    pub sk_daddr: u32,
+    pub sk_v6_rcv_saddr: u32,
+    pub sk_v6_daddr: u32,
+    pub sk_net: u32,
+    pub sk_flags: u32,
+    pub sk_cookie: u32,
+    pub sk_err: u32,
+    pub sk_uid: u32,
+    pub sk_protocol: u32,
+    pub sk_shutdown: u32,
+    /// In `struct inet_sock`.
+    pub inet_sport: u32,
+    /// In `struct tcp_sock`.
+    pub tcp_linger2: u32,
+    /// In `struct net`: `ns.inum`.
+    pub net_inum: u32,
+    /// In `struct task_struct`.
+    pub task_flags: u32,
+    pub task_tgid: u32,
+    pub task_group_leader: u32,
+    pub task_comm: u32,
+    pub task_start_boottime: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoBytes, Immutable)]
+pub struct Switches {
+    /// Trace only this network namespace (inode); 0: all.
+    pub netns: u32,
+    /// Wake the reader when this many bytes wait in the ring; below that its own tick finds them.
+    pub wake_bytes: u32,
+}
+
+const _: () = assert!(size_of::<Offsets>() == 22 * 4);
+const _: () = assert!(size_of::<Switches>() == 8);

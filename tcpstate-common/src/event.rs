@@ -1,0 +1,122 @@
+//! The record that the kernel side pushes into the ring for each transition, and its checked decoding.
+//!
+//! Integers and arrays only, no hidden bytes: `zerocopy`'s derives refuse to compile otherwise.
+
+use core::fmt;
+use core::mem::{offset_of, size_of};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::state::TcpState;
+
+/// Length of a command name, as the kernel's `TASK_COMM_LEN`.
+pub const COMM_LEN: usize = 16;
+
+pub const AF_INET: u16 = 2;
+pub const AF_INET6: u16 = 10;
+
+/// `flags`: the kernel's SOCK_DONE (a FIN was received).
+pub const FLAG_DONE: u8 = 1 << 0;
+/// `flags`: the kernel's SOCK_DEAD (orphaned: no descriptor leads to the socket any more).
+pub const FLAG_DEAD: u8 = 1 << 1;
+/// `flags`: `shutdown`, `linger2`, FLAG_DONE and FLAG_DEAD were read; without it (classic tracepoint: no BTF,
+/// so no offsets) they and `sk_err` are unknown.
+pub const FLAG_SOCKET_READ: u8 = 1 << 2;
+/// `flags`: the process fields are those of the task that made the call which caused this transition.
+pub const FLAG_TASK: u8 = 1 << 3;
+
+/// `shutdown`: the kernel's RCV_SHUTDOWN.
+pub const RCV_SHUTDOWN: u8 = 1;
+/// `shutdown`: the kernel's SEND_SHUTDOWN.
+pub const SEND_SHUTDOWN: u8 = 2;
+
+/// One transition, as `sock:inet_sock_set_state` saw it, before the kernel stored the new state.
+///
+/// Fields in host byte order unless they say otherwise; 0 where the kernel side could not know, but where a
+/// flag tells whether 0 is a value.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct SetState {
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    pub time_ns: u64,
+    /// Address of the `struct sock`: reused by the kernel at once, so never an identity by itself.
+    pub sk: u64,
+    /// The kernel's socket cookie; 0 where it has none yet or tracing programs can't ask for it (before 5.12).
+    /// Up to 6.12 an accepted child's first event carries its listener's.
+    pub cookie: u64,
+    /// Start of the process (thread-group leader), `CLOCK_BOOTTIME` nanoseconds; only with [`FLAG_TASK`].
+    pub start_ns: u64,
+    /// The process' cgroup v2 id; only with [`FLAG_TASK`].
+    pub cgroup_id: u64,
+    /// Inode of the socket's network namespace; 0 where it can't be read (classic tracepoint).
+    pub netns: u32,
+    /// The process' thread-group id in the initial pid namespace; only with [`FLAG_TASK`].
+    pub tgid: u32,
+    /// The socket's own uid (`sk_uid`), in the initial user namespace; `u32::MAX` where it can't be read.
+    pub uid: u32,
+    /// `tcp_sock.linger2`: below 0, an orphan does not wait in FIN_WAIT2.
+    pub linger2: i32,
+    /// v6 as it is, v4 in the last four of 16 bytes behind `::ffff:` (network order).
+    pub local_addr: [u8; 16],
+    pub remote_addr: [u8; 16],
+    /// Name of the process (thread-group leader), up to the first NUL; only with [`FLAG_TASK`].
+    pub comm: [u8; COMM_LEN],
+    pub local_port: u16,
+    pub remote_port: u16,
+    /// The socket's family: an AF_INET6 socket may well talk to a v4 peer.
+    pub family: u16,
+    pub from: u16,
+    pub to: u16,
+    /// The socket's pending error (`sk_err`), an errno.
+    pub sk_err: u16,
+    /// `sk_shutdown`: RCV_SHUTDOWN, SEND_SHUTDOWN.
+    pub shutdown: u8,
+    pub flags: u8,
+    /// Explicit padding to a multiple of 8.
+    pub pad: [u8; 2],
+}
+
+const _: () = assert!(size_of::<SetState>() == 120);
+const _: () = assert!(offset_of!(SetState, netns) == 40);
+const _: () = assert!(offset_of!(SetState, local_addr) == 56);
+const _: () = assert!(offset_of!(SetState, comm) == 88);
+const _: () = assert!(offset_of!(SetState, local_port) == 104);
+const _: () = assert!(offset_of!(SetState, shutdown) == 116);
+
+/// Why bytes from the ring are not a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadRecord {
+    /// Length of what came, in bytes.
+    pub len: usize,
+}
+
+impl fmt::Display for BadRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "record of {} bytes where {} were expected", self.len, size_of::<SetState>())
+    }
+}
+
+impl core::error::Error for BadRecord {}
+
+impl SetState {
+    /// # Errors
+    /// [`BadRecord`] where the length is not that of a record. Any bytes of the right length are one.
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadRecord> {
+        Self::read_from_bytes(bytes).map_err(|_| BadRecord { len: bytes.len() })
+    }
+
+    #[must_use]
+    pub const fn from(&self) -> TcpState {
+        TcpState::from_kernel(self.from)
+    }
+
+    #[must_use]
+    pub const fn to(&self) -> TcpState {
+        TcpState::from_kernel(self.to)
+    }
+
+    #[must_use]
+    pub const fn has(&self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+}

@@ -1,0 +1,13 @@
+//! What crosses the border between the eBPF programs and the user side: records, states, globals, counters.
+//!
+//! Nothing here allocates, reads a clock or knows aya.
+
+#![no_std]
+
+pub mod config;
+pub mod counters;
+pub mod event;
+pub mod state;
+
+pub use event::SetState;
+pub use state::TcpState;

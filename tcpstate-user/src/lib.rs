@@ -1,0 +1,1 @@
+//! tcpstate: the user side.
