@@ -12,10 +12,16 @@ pub const fn transition_slot(from: u32, to: u32) -> usize {
 }
 
 const fn slot_of(state: u32) -> usize {
-    if (state as usize) < STATES { state as usize } else { UNKNOWN_STATE }
+    if (state as usize) < STATES {
+        state as usize
+    } else {
+        UNKNOWN_STATE
+    }
 }
 
-/// Records for which the ring had no room.
-pub const RING_FULL: usize = STATES * STATES;
 /// Number of slots of a CPU.
-pub const SLOTS: usize = RING_FULL + 1;
+pub const SLOTS: usize = STATES * STATES;
+
+/// The one-element array map that counts lost records, on all CPUs together: each record carries its value
+/// ([`crate::SetState::lost`]), so it can't be per CPU. It is written only when something is lost.
+pub const LOST: &str = "LOST";

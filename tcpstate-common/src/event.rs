@@ -65,15 +65,18 @@ pub struct SetState {
     pub remote_port: u16,
     /// The socket's family: an AF_INET6 socket may well talk to a v4 peer.
     pub family: u16,
-    pub from: u16,
-    pub to: u16,
     /// The socket's pending error (`sk_err`), an errno.
     pub sk_err: u16,
+    /// Records lost for want of room in the ring since the programs were loaded, on all CPUs, when this one
+    /// was reserved (wrapping): where it grows from one record to the next, the loss lies between them.
+    pub lost: u32,
+    /// The kernel's number of the state that the socket leaves (`skc_state` is an `unsigned char`).
+    pub from: u8,
+    /// The state that it enters.
+    pub to: u8,
     /// `sk_shutdown`: RCV_SHUTDOWN, SEND_SHUTDOWN.
     pub shutdown: u8,
     pub flags: u8,
-    /// Explicit padding to a multiple of 8.
-    pub pad: [u8; 2],
 }
 
 const _: () = assert!(size_of::<SetState>() == 120);
@@ -81,7 +84,7 @@ const _: () = assert!(offset_of!(SetState, netns) == 40);
 const _: () = assert!(offset_of!(SetState, local_addr) == 56);
 const _: () = assert!(offset_of!(SetState, comm) == 88);
 const _: () = assert!(offset_of!(SetState, local_port) == 104);
-const _: () = assert!(offset_of!(SetState, shutdown) == 116);
+const _: () = assert!(offset_of!(SetState, lost) == 112);
 
 /// Why bytes from the ring are not a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +95,12 @@ pub struct BadRecord {
 
 impl fmt::Display for BadRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "record of {} bytes where {} were expected", self.len, size_of::<SetState>())
+        write!(
+            f,
+            "record of {} bytes where {} were expected",
+            self.len,
+            size_of::<SetState>()
+        )
     }
 }
 

@@ -4,7 +4,7 @@
 ///
 /// A number that this version does not know is kept, not refused: a newer kernel may add states.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct TcpState(u16);
+pub struct TcpState(u8);
 
 impl TcpState {
     pub const ESTABLISHED: Self = Self(1);
@@ -38,13 +38,13 @@ impl TcpState {
     ];
 
     #[must_use]
-    pub const fn from_kernel(number: u16) -> Self {
+    pub const fn from_kernel(number: u8) -> Self {
         Self(number)
     }
 
     /// The kernel's number.
     #[must_use]
-    pub const fn number(self) -> u16 {
+    pub const fn number(self) -> u8 {
         self.0
     }
 
