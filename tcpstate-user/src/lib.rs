@@ -1,1 +1,7 @@
-//! tcpstate: the user side.
+//! tcpstate's user side: drains the kernel's transitions, keeps a table of sockets, and shows it.
+//!
+//! Arrows only point down: `run, cli → export, kernel, owner → table, stats → model, filter →
+//! tcpstate-common`; `cargo xtask check` holds the rule.
+
+pub mod model;
+pub mod table;

@@ -1,0 +1,19 @@
+//! The words of the domain, as types: what the table produces and every output shows.
+//!
+//! Owns no behaviour beyond naming and reading these values; no clock, no I/O.
+
+mod comm;
+mod end;
+mod name;
+mod transition;
+pub mod view;
+
+pub use comm::Comm;
+pub use end::End;
+pub use name::{Named, UnknownName};
+pub use transition::{
+    ConnectionId, Endpoint, Evidence, Family, Line, Loss, LossReason, NetnsSelection, Owner,
+    OwnerSource, Process, Role, Source, Start, Transition,
+};
+
+pub use tcpstate_common::TcpState;

@@ -1,0 +1,112 @@
+//! What the table holds of a socket, and what it says when that changes.
+
+use std::sync::Arc;
+
+use tcpstate_common::TcpState;
+
+use crate::model::{Comm, ConnectionId, End, Endpoint, Evidence, Family, Owner, Role, Transition};
+
+/// One socket, or what the kernel keeps of it in TIME_WAIT, or a half-open request.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Socket {
+    pub id: ConnectionId,
+    pub cookie: Option<u64>,
+    pub netns: Option<u32>,
+    pub family: Family,
+    pub local: Endpoint,
+    pub remote: Endpoint,
+    pub state: TcpState,
+    pub role: Option<Role>,
+    pub owner: Option<Owner>,
+    pub uid: Option<u32>,
+    pub container: Option<Arc<str>>,
+    /// It has been ESTABLISHED, as far as was seen.
+    pub established: bool,
+}
+
+/// Where the gauges count a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub state: TcpState,
+    /// Name of the owner.
+    pub comm: Option<Comm>,
+}
+
+/// Why a stay that ended gives no dwell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Discard {
+    /// The state was entered before the tracer could see it.
+    StartUnseen,
+    /// Events were lost during the stay.
+    Lost,
+    /// The event's old state is not the one that the table held.
+    Mismatch,
+}
+
+/// The stay that a change ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dwell {
+    /// Start and end were both seen; nanoseconds.
+    Seen(u64),
+    Unknown(Discard),
+    /// Nothing that could be timed ended: a no-op, a new socket, or a stay that only looks ended.
+    None,
+}
+
+/// Something that happened to one socket.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Change<'a> {
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    pub time_ns: u64,
+    /// As it is after the change.
+    pub socket: &'a Socket,
+    /// What the kernel said; `None` where no event did.
+    pub kernel: Option<(TcpState, TcpState)>,
+    /// What happened; `None` where nothing did (a no-op, an orphan that lives on, a socket only found).
+    pub shown: Option<(TcpState, TcpState)>,
+    pub dwell: Dwell,
+    pub evidence: Evidence,
+    /// Set once a connection, on its first change into TIME_WAIT or CLOSE.
+    pub end: Option<End>,
+    /// Where the gauges counted the socket before; `None` if it is new to them.
+    pub before: Option<Place>,
+    /// Where they count it now; `None` if it is gone.
+    pub after: Option<Place>,
+}
+
+impl Change<'_> {
+    /// The line that a stream shows for it; `None` if it shows none.
+    ///
+    /// `raw`: the kernel's own transitions rather than what happened.
+    /// `boot_to_unix_ns`: what to add to `CLOCK_BOOTTIME` for Unix time.
+    #[must_use]
+    pub fn line(&self, raw: bool, boot_to_unix_ns: i64) -> Option<Transition> {
+        let (from, to) = if raw { self.kernel } else { self.shown }?;
+        let socket = self.socket;
+        Some(Transition {
+            time_ns: self.time_ns.saturating_add_signed(boot_to_unix_ns),
+            id: socket.id,
+            cookie: socket.cookie,
+            netns: socket.netns,
+            family: socket.family,
+            local: socket.local,
+            remote: socket.remote,
+            from,
+            to,
+            dwell_ns: match self.dwell {
+                Dwell::Seen(ns) => Some(ns),
+                Dwell::Unknown(_) | Dwell::None => None,
+            },
+            evidence: if raw {
+                Evidence::Tracepoint
+            } else {
+                self.evidence
+            },
+            role: socket.role,
+            owner: socket.owner,
+            uid: socket.uid,
+            container: socket.container.clone(),
+            end: self.end,
+        })
+    }
+}
