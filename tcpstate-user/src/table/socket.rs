@@ -32,6 +32,15 @@ pub struct Place {
     pub comm: Option<Comm>,
 }
 
+impl Place {
+    pub(super) fn of(socket: &Socket) -> Self {
+        Self {
+            state: socket.state,
+            comm: socket.owner.map(|owner| owner.process.comm),
+        }
+    }
+}
+
 /// Why a stay that ended gives no dwell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Discard {

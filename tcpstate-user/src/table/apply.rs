@@ -1,0 +1,462 @@
+//! The door for events.
+
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use tcpstate_common::SetState;
+use tcpstate_common::TcpState;
+use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_TASK};
+
+use super::fate::{Fate, end, fate};
+use super::{
+    Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, tuple,
+};
+use crate::model::{
+    Comm, ConnectionId, Endpoint, Evidence, Family, Owner, OwnerSource, Process, Role,
+};
+
+/// `TCP_TIMEWAIT_LEN`, include/net/tcp.h: the same in every kernel.
+pub(super) const TIME_WAIT_NS: u64 = 60_000_000_000;
+
+impl Table {
+    /// Takes one event, in the order of the ring, and tells what changed.
+    ///
+    /// `container`: that of the event's process, where it has one.
+    pub fn apply(
+        &mut self,
+        event: &SetState,
+        container: Option<&Arc<str>>,
+        mut sink: impl FnMut(&Change<'_>),
+    ) {
+        self.newest_ns = self.newest_ns.max(event.time_ns);
+        let (from, to) = (event.from(), event.to());
+        if from == TcpState::LISTEN && to == TcpState::SYN_RECV {
+            if let Some(first) = self.children.insert(event.sk, *event) {
+                self.lone_child(&first, &mut sink);
+            }
+            return;
+        }
+        if let Some(first) = self.children.remove(&event.sk) {
+            if from == TcpState::SYN_RECV {
+                self.child(&first, event, &mut sink);
+            } else {
+                self.lone_child(&first, &mut sink);
+            }
+        }
+        self.step(event, container, &mut sink);
+    }
+
+    /// Gives up waiting for the second event of accepted sockets whose first is older than `before_ns`: it
+    /// was lost.
+    pub fn flush_children(&mut self, before_ns: u64, mut sink: impl FnMut(&Change<'_>)) {
+        let late: Vec<SetState> = self
+            .children
+            .extract_if(|_, first| first.time_ns < before_ns)
+            .map(|(_, first)| first)
+            .collect();
+        for first in &late {
+            self.lone_child(first, &mut sink);
+        }
+    }
+
+    /// An accepted socket's first event whose second was lost. It shows what the kernel said; the table does
+    /// not take the socket in, for whose cookie it carries is not known.
+    fn lone_child(&mut self, first: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
+        let id = self.new_id(None);
+        let mut socket = new_socket(first, id, None);
+        socket.remote = Endpoint::default();
+        socket.role = Some(Role::Passive);
+        socket.owner = self.listener_owner(first, &socket);
+        sink(&child_change(first, &socket, None, None));
+    }
+
+    /// An accepted socket, by its first and its second event.
+    fn child(&mut self, first: &SetState, second: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
+        let Some(key) = self.event_key(second) else {
+            return self.lone_child(first, sink);
+        };
+        let cookie = self.cookie(second);
+        let id = self.new_id(cookie);
+        let mut socket = new_socket(second, id, cookie);
+        socket.state = TcpState::SYN_RECV;
+        socket.role = Some(Role::Passive);
+        socket.owner = self.listener_owner(first, &socket);
+        let before = self.take_request(&socket).as_ref().map(Place::of);
+        self.vacate(key, first.time_ns, sink);
+        sink(&child_change(
+            first,
+            &socket,
+            before,
+            Some(Place::of(&socket)),
+        ));
+        let stay = Stay {
+            since_ns: first.time_ns,
+            seen: true,
+        };
+        self.full
+            .insert(key, Full::new(socket, stay, first.time_ns));
+    }
+
+    fn take_request(&mut self, child: &Socket) -> Option<Socket> {
+        let key = match self.identity {
+            Identity::Cookie => child.cookie?,
+            Identity::Address => *self.adopted.get(&tuple(child))?,
+        };
+        let request = self.mini.get(&key)?;
+        if request.socket.state != TcpState::NEW_SYN_RECV {
+            return None;
+        }
+        self.adopted.remove(&tuple(child));
+        self.mini.remove(&key).map(|request| request.socket)
+    }
+
+    fn listener_owner(&self, first: &SetState, child: &Socket) -> Option<Owner> {
+        let listening = |key: u64| {
+            let full = self.full.get(&key)?;
+            (full.socket.state == TcpState::LISTEN).then_some(full.socket.owner)
+        };
+        let owner = match listening(first.cookie) {
+            // Up to 6.12: the child's first event carries its listener's cookie.
+            Some(owner) if self.identity == Identity::Cookie => owner,
+            _ => self.listeners.owner(child, |key| listening(key)?),
+        };
+        owner.map(|owner| Owner {
+            source: OwnerSource::Listener,
+            ..owner
+        })
+    }
+
+    /// The key of the event's socket; `None` where the kernel gave no cookie though it should have.
+    fn event_key(&self, event: &SetState) -> Option<u64> {
+        match self.identity {
+            Identity::Cookie => self.cookie(event),
+            Identity::Address => Some(event.sk),
+        }
+    }
+
+    /// Any event but an accepted socket's first.
+    fn step(
+        &mut self,
+        event: &SetState,
+        container: Option<&Arc<str>>,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) {
+        let (from, to) = (event.from(), event.to());
+        let Some(key) = self.event_key(event) else {
+            return;
+        };
+        let opening = from == TcpState::CLOSE;
+        if opening {
+            self.vacate(key, event.time_ns, sink);
+        } else {
+            self.adopt(key, event);
+        }
+        let new = !self.full.contains_key(&key);
+        if new {
+            self.take_in(key, event);
+        }
+        let Some(full) = self.full.get_mut(&key) else {
+            return;
+        };
+        let before = (!new).then(|| Place::of(&full.socket));
+        let dwell = if opening || from == to {
+            Dwell::None
+        } else if full.socket.state == from {
+            full.stay.dwell(event.time_ns, self.lost_until_ns)
+        } else {
+            self.corrections.count(Correction::Event);
+            Dwell::Unknown(Discard::Mismatch)
+        };
+        if full.socket.state == TcpState::LISTEN && from != to {
+            self.listeners.remove(key, &full.socket);
+        }
+        full.event_ns = event.time_ns;
+        full.missed = false;
+        update(&mut full.socket, event);
+        own(&mut full.socket, event, container);
+
+        if to == TcpState::CLOSE && from != to {
+            if let Some(full) = self.full.remove(&key) {
+                self.close(event, full, dwell, before, sink);
+            }
+            return;
+        }
+        if from != to {
+            full.socket.state = to;
+            full.stay = Stay {
+                since_ns: event.time_ns,
+                seen: true,
+            };
+        }
+        let moved = (from != to).then_some((from, to));
+        sink(&Change {
+            time_ns: event.time_ns,
+            socket: &full.socket,
+            kernel: Some((from, to)),
+            // The same state twice: shutdown() and then close(), or a disconnect of what is closed.
+            shown: moved,
+            dwell,
+            evidence: Evidence::Tracepoint,
+            end: None,
+            before,
+            after: (to != TcpState::CLOSE).then(|| Place::of(&full.socket)),
+        });
+        if to == TcpState::LISTEN {
+            self.listeners.insert(key, &full.socket);
+        } else if to == TcpState::CLOSE {
+            self.full.remove(&key);
+        }
+    }
+
+    /// The rest of a step into CLOSE.
+    fn close(
+        &mut self,
+        event: &SetState,
+        full: Full,
+        dwell: Dwell,
+        before: Option<Place>,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) {
+        let from = event.from();
+        let Full {
+            mut socket, stay, ..
+        } = full;
+        if !event.has(FLAG_DEAD) {
+            self.generations.closed(socket.id);
+        }
+        let fate = fate(event);
+        socket.state = match fate {
+            Fate::Gone => TcpState::CLOSE,
+            Fate::TimeWait => TcpState::TIME_WAIT,
+            Fate::Orphan | Fate::Undecided => from,
+        };
+        let stays = socket.state == from;
+        let gone = fate == Fate::Gone;
+        let ended = !stays && from != TcpState::LISTEN;
+        sink(&Change {
+            time_ns: event.time_ns,
+            socket: &socket,
+            kernel: Some((from, TcpState::CLOSE)),
+            shown: (!stays).then_some((from, socket.state)),
+            dwell,
+            evidence: if gone {
+                Evidence::Tracepoint
+            } else {
+                Evidence::Inferred
+            },
+            end: ended.then(|| end(event)),
+            before,
+            after: (!gone).then(|| Place::of(&socket)),
+        });
+        if gone {
+            let key = self.dump_key(&socket);
+            if let (Some(closed), Some(key)) = (&mut self.closed, key) {
+                closed.insert(key, event.time_ns);
+            }
+            return;
+        }
+        let key = match socket.cookie {
+            // A socket can be connected again while its timewait socket lives, and both have its cookie.
+            Some(cookie) if !self.mini.contains_key(&cookie) => cookie,
+            _ => self.own_key(),
+        };
+        let mini = Mini {
+            stay: if stays {
+                stay
+            } else {
+                Stay {
+                    since_ns: event.time_ns,
+                    seen: true,
+                }
+            },
+            expires_ns: (!stays).then_some(event.time_ns + TIME_WAIT_NS),
+            missed: false,
+            event_ns: event.time_ns,
+            socket,
+        };
+        self.mini.insert(key, mini);
+    }
+
+    /// A socket whose beginning was not seen, or that begins with this event.
+    fn take_in(&mut self, key: u64, event: &SetState) {
+        let cookie = self.cookie(event);
+        let mut socket = new_socket(event, self.new_id(cookie), cookie);
+        socket.state = event.from();
+        if socket.state != TcpState::CLOSE {
+            self.corrections.count(Correction::Event);
+        }
+        let stay = Stay {
+            since_ns: event.time_ns,
+            seen: false,
+        };
+        self.full
+            .insert(key, Full::new(socket, stay, event.time_ns));
+    }
+
+    /// Makes the key free for another socket: the end of one that has it was lost.
+    fn vacate(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
+        let Some(stale) = self.full.remove(&key) else {
+            return;
+        };
+        self.corrections.count(Correction::Event);
+        if stale.socket.state == TcpState::LISTEN {
+            self.listeners.remove(key, &stale.socket);
+        }
+        self.generations.closed(stale.socket.id);
+        sink(&Change {
+            time_ns,
+            socket: &stale.socket,
+            kernel: None,
+            shown: None,
+            dwell: Dwell::Unknown(Discard::Lost),
+            evidence: Evidence::Inferred,
+            end: None,
+            before: Some(Place::of(&stale.socket)),
+            after: None,
+        });
+    }
+
+    /// Where events have no cookie: a socket that a dump found gets its address from its first event.
+    fn adopt(&mut self, address: u64, event: &SetState) {
+        if self.adopted.is_empty() || self.full.contains_key(&address) {
+            return;
+        }
+        let (_, local, remote) = ends(event);
+        let Some(own) = self.adopted.remove(&(event.netns, local, remote)) else {
+            return;
+        };
+        if let Some(full) = self.full.remove(&own) {
+            if full.socket.state == TcpState::LISTEN {
+                self.listeners.remove(own, &full.socket);
+                self.listeners.insert(address, &full.socket);
+            }
+            self.full.insert(address, full);
+        }
+    }
+
+    fn cookie(&self, event: &SetState) -> Option<u64> {
+        (self.identity == Identity::Cookie && event.cookie != 0).then_some(event.cookie)
+    }
+}
+
+/// What the gauges and streams are told of an accepted socket's first event.
+fn child_change<'a>(
+    first: &SetState,
+    socket: &'a Socket,
+    before: Option<Place>,
+    after: Option<Place>,
+) -> Change<'a> {
+    Change {
+        time_ns: first.time_ns,
+        socket,
+        kernel: Some((TcpState::LISTEN, TcpState::SYN_RECV)),
+        shown: Some((TcpState::NEW_SYN_RECV, TcpState::SYN_RECV)),
+        // The listener's stay has not ended, and no event shows when the request began.
+        dwell: Dwell::None,
+        evidence: Evidence::Tracepoint,
+        end: None,
+        before,
+        after,
+    }
+}
+
+fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket {
+    let (family, local, remote) = ends(event);
+    let from = event.from();
+    Socket {
+        id,
+        cookie,
+        netns: (event.netns != 0).then_some(event.netns),
+        family,
+        local,
+        remote,
+        state: from,
+        // SYN_SENT is entered by connect() only; SYN_RECV also by a simultaneous open.
+        role: (from == TcpState::SYN_SENT).then_some(Role::Active),
+        owner: None,
+        uid: None,
+        container: None,
+        established: !matches!(
+            from,
+            TcpState::CLOSE | TcpState::LISTEN | TcpState::SYN_SENT | TcpState::SYN_RECV
+        ),
+    }
+}
+
+/// Brings the socket up to what the event tells of it.
+fn update(socket: &mut Socket, event: &SetState) {
+    let (from, to) = (event.from(), event.to());
+    let (family, local, remote) = ends(event);
+    socket.uid = (event.uid != u32::MAX).then_some(event.uid);
+    match (from, to) {
+        (TcpState::CLOSE, TcpState::SYN_SENT) => {
+            socket.role = Some(Role::Active);
+            (socket.family, socket.local, socket.remote) = (family, local, remote);
+        }
+        (TcpState::CLOSE, TcpState::LISTEN) => {
+            (socket.family, socket.local) = (family, local);
+        }
+        // A port that is 0 has been given back already.
+        _ => {
+            socket.local.port = local.port.or(socket.local.port);
+            if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
+                socket.local.addr = local.addr;
+            }
+        }
+    }
+    if to == TcpState::ESTABLISHED {
+        socket.established = true;
+    }
+}
+
+/// Whose the socket is, where the event's process made the call that caused it.
+fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
+    let from = event.from();
+    let source = match (from, event.to()) {
+        (TcpState::CLOSE, TcpState::SYN_SENT) => OwnerSource::Connect,
+        (TcpState::CLOSE, TcpState::LISTEN) => OwnerSource::Listen,
+        _ => OwnerSource::Closer,
+    };
+    if source == OwnerSource::Closer {
+        let known = socket
+            .owner
+            .is_some_and(|owner| owner.source != OwnerSource::Listener);
+        if known || !event.has(FLAG_TASK) {
+            return;
+        }
+    }
+    socket.owner = event.has(FLAG_TASK).then(|| Owner {
+        process: Process {
+            pid: event.tgid,
+            start_ns: event.start_ns,
+            comm: Comm::from_kernel(event.comm),
+        },
+        source,
+    });
+    socket.container = container.cloned();
+}
+
+/// Family and both ends as the contract writes them. A listener has no remote end.
+fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
+    let local = addr(event.local_addr);
+    let remote = addr(event.remote_addr);
+    let v4 = event.family == AF_INET || remote.is_ipv4();
+    let listens = event.from() == TcpState::LISTEN || event.to() == TcpState::LISTEN;
+    let endpoint = |addr: IpAddr, port: u16| Endpoint {
+        addr: (listens || !addr.is_unspecified()).then_some(addr),
+        port: (port != 0).then_some(port),
+    };
+    (
+        if v4 { Family::Ipv4 } else { Family::Ipv6 },
+        endpoint(local, event.local_port),
+        if listens {
+            Endpoint::default()
+        } else {
+            endpoint(remote, event.remote_port)
+        },
+    )
+}
+
+fn addr(bytes: [u8; 16]) -> IpAddr {
+    Ipv6Addr::from(bytes).to_canonical()
+}

@@ -1,0 +1,72 @@
+//! Finds the listener that a new connection belongs to.
+
+use std::net::IpAddr;
+
+use rustc_hash::FxHashMap;
+
+use super::Socket;
+use crate::model::Owner;
+
+/// Listening sockets by network namespace and port.
+#[derive(Debug, Default)]
+pub(super) struct Listeners(FxHashMap<(Option<u32>, u16), Vec<Listener>>);
+
+#[derive(Debug)]
+struct Listener {
+    key: u64,
+    addr: Option<IpAddr>,
+}
+
+impl Listeners {
+    pub(super) fn insert(&mut self, key: u64, socket: &Socket) {
+        if let Some(port) = socket.local.port {
+            let listeners = self.0.entry((socket.netns, port)).or_default();
+            listeners.retain(|listener| listener.key != key);
+            listeners.push(Listener {
+                key,
+                addr: socket.local.addr,
+            });
+        }
+    }
+
+    pub(super) fn remove(&mut self, key: u64, socket: &Socket) {
+        if let Some(port) = socket.local.port
+            && let Some(listeners) = self.0.get_mut(&(socket.netns, port))
+        {
+            listeners.retain(|listener| listener.key != key);
+            if listeners.is_empty() {
+                self.0.remove(&(socket.netns, port));
+            }
+        }
+    }
+
+    /// The owner of the listener that took `child`, if there can be no doubt: of several listeners of one
+    /// port (SO_REUSEPORT) the kernel takes one that no event names.
+    pub(super) fn owner(
+        &self,
+        child: &Socket,
+        owner_of: impl Fn(u64) -> Option<Owner>,
+    ) -> Option<Owner> {
+        let listeners = self.0.get(&(child.netns, child.local.port?))?;
+        let mut candidates = listeners
+            .iter()
+            .filter(|listener| listener.addr == child.local.addr)
+            .peekable();
+        if candidates.peek().is_some() {
+            return one_owner(candidates.map(|listener| owner_of(listener.key)));
+        }
+        one_owner(
+            listeners
+                .iter()
+                .filter(|listener| listener.addr.is_some_and(|addr| addr.is_unspecified()))
+                .map(|listener| owner_of(listener.key)),
+        )
+    }
+}
+
+fn one_owner(mut owners: impl Iterator<Item = Option<Owner>>) -> Option<Owner> {
+    let first = owners.next()??;
+    owners
+        .all(|owner| owner.is_some_and(|owner| owner.process == first.process))
+        .then_some(first)
+}
