@@ -2,6 +2,8 @@
 //!
 //! Pure: time comes in with the events, and nothing here knows where they came from.
 
+mod snapshot;
 mod socket;
 
+pub use snapshot::{Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
