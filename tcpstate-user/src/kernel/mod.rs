@@ -1,0 +1,4 @@
+//! The only folder that knows aya and netlink.
+
+pub mod netns;
+pub mod snapshot;
