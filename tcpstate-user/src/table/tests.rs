@@ -841,6 +841,9 @@ proptest! {
             prop_assert_eq!(watched.states(), states_at(&moments, last_ms, false));
             prop_assert_eq!(watched.table.corrections(), [0; 4]);
         }
+        // One dump that lacks a socket ends nothing.
+        let ended = |seen: &Seen| seen.evidence == Evidence::Snapshot && seen.shown.is_some();
+        prop_assert!(!watched.seen.iter().any(ended));
         for round in 1..3 {
             let now = last_ms.max(end_ms) + round * 1000;
             let all = states_at(&moments, now, true);
