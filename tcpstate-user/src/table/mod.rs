@@ -19,6 +19,7 @@ use tcpstate_common::SetState;
 
 use crate::model::{ConnectionId, Endpoint, Named, named};
 use listeners::Listeners;
+pub use reconcile::STORE_NS;
 pub use snapshot::{Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
 

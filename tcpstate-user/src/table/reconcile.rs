@@ -14,8 +14,9 @@ use super::{
 use crate::model::{ConnectionId, End, Evidence, Role};
 
 /// The event comes before the kernel stores the new state; an interrupt or a stolen CPU may lie between. A
-/// record read this soon after an event may still show the state before it.
-const STORE_NS: u64 = 20_000_000;
+/// record read this soon after an event may still show the state before it: a first dump waits this long
+/// after the programs were attached.
+pub const STORE_NS: u64 = 20_000_000;
 
 impl Table {
     /// To be called before a dump begins: from now on the table remembers what closes.

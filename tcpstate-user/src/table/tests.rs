@@ -11,7 +11,8 @@ use tcpstate_common::event::{
 use zerocopy::FromZeros as _;
 
 use super::{
-    Change, Discard, Dwell, Identity, Place, Record, Snapshot, StateMask, Table, Unreachable,
+    Change, Discard, Dwell, Identity, Place, Record, STORE_NS, Snapshot, StateMask, Table,
+    Unreachable,
 };
 use crate::model::{Comm, End, Endpoint, Evidence, Family, OwnerSource, Role};
 
@@ -789,7 +790,7 @@ proptest! {
         let last_ms = moments.last().map_or(0, |moment| moment.event_ms);
         let at = |part: f64, from: u64| from + ((last_ms - from) as f64 * part) as u64;
         let attach_ms = at(attach, 1000);
-        let begin_ms = at(begin, attach_ms);
+        let begin_ms = at(begin, attach_ms) + STORE_NS / MS;
         let end_ms = begin_ms + length;
 
         let mut records = Vec::new();
@@ -843,7 +844,7 @@ proptest! {
         }
         // One dump that lacks a socket ends nothing.
         let ended = |seen: &Seen| seen.evidence == Evidence::Snapshot && seen.shown.is_some();
-        prop_assert!(!watched.seen.iter().any(ended));
+        prop_assert_eq!(watched.seen.iter().find(|seen| ended(seen)), None);
         for round in 1..3 {
             let now = last_ms.max(end_ms) + round * 1000;
             let all = states_at(&moments, now, true);
