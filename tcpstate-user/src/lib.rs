@@ -5,4 +5,5 @@
 
 pub mod kernel;
 pub mod model;
+pub mod owner;
 pub mod table;
