@@ -5,4 +5,5 @@
 
 pub mod kernel;
 pub mod model;
+pub mod stats;
 pub mod table;
