@@ -6,4 +6,5 @@
 pub mod kernel;
 pub mod model;
 pub mod owner;
+pub mod stats;
 pub mod table;

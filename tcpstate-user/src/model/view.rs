@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tcpstate_common::TcpState;
 
-use super::{End, LossReason, Role};
+use super::{End, LossReason, Named, Role, named};
 
 /// The states that gauges and dwell times are kept for: all but CLOSE, which nobody can count.
 /// A half-open request counts as SYN_RECV, as in `ss`.
@@ -22,15 +22,22 @@ pub const GAUGE_STATES: [TcpState; 10] = [
     TcpState::CLOSING,
 ];
 
+/// By the kernel's number of a state; asked for each event, so a table and no search.
+const GAUGE_INDEX: [Option<usize>; 16] = {
+    let mut index = [None; 16];
+    let mut at = 0;
+    while at < GAUGE_STATES.len() {
+        index[GAUGE_STATES[at].number() as usize] = Some(at);
+        at += 1;
+    }
+    index[TcpState::NEW_SYN_RECV.number() as usize] = index[TcpState::SYN_RECV.number() as usize];
+    index
+};
+
 /// Index into [`GAUGE_STATES`]; `None` for CLOSE and for states that this version does not know.
 #[must_use]
 pub fn gauge_index(state: TcpState) -> Option<usize> {
-    let state = if state == TcpState::NEW_SYN_RECV {
-        TcpState::SYN_RECV
-    } else {
-        state
-    };
-    GAUGE_STATES.iter().position(|&known| known == state)
+    GAUGE_INDEX.get(usize::from(state.number())).copied()?
 }
 
 /// Sockets by [`GAUGE_STATES`].
@@ -46,7 +53,8 @@ pub struct Histogram {
     /// Samples in each of [`DWELL_BUCKETS`], not cumulated; those above the last bound are only in `count`.
     pub buckets: [u64; DWELL_BUCKETS.len()],
     pub count: u64,
-    pub sum_ns: u64,
+    /// Wide: 100,000 sockets that stay two days each are more nanoseconds than 64 bits hold.
+    pub sum_ns: u128,
 }
 
 /// Why connects failed: the part of [`End`] that they can have.
@@ -58,17 +66,41 @@ pub const FAILURE_REASONS: [End; 5] = [
     End::Unknown,
 ];
 
+/// Why events did not reach the table: the part of [`LossReason`] that is the tracer's own and not a stream's.
+pub const EVENT_LOSSES: [LossReason; 3] = [
+    LossReason::RingFull,
+    LossReason::Recursion,
+    LossReason::Decode,
+];
+
+named! {
+    /// What a kernel may lack, and tcpstate then does without.
+    pub enum Feature ("kernel feature") {
+        /// Without it, the slower classic tracepoint.
+        TpBtf = "tp_btf",
+        /// The socket cookie in events (5.12); without it, identity is the socket's address and a generation.
+        SocketCookie = "socket_cookie",
+    }
+}
+
+named! {
+    pub enum Program ("eBPF program") {
+        /// At `sock:inet_sock_set_state`, whichever way it is attached.
+        SetState = "set_state",
+    }
+}
+
 /// One value of the label `comm`, as it is written: cleaned, or `<none>` or `<other>`.
-#[derive(Clone, Debug, PartialEq, Default)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct CommView {
-    pub comm: String,
+    pub comm: Arc<str>,
     pub sockets: StateCounts,
-    /// By [`GAUGE_STATES`]; `None` for a state that this kernel can't time.
+    /// By [`GAUGE_STATES`]; `None` for a state that this kernel can't time or that none of its sockets was in.
     pub dwell: [Option<Histogram>; GAUGE_STATES.len()],
-    /// By [`Role::ALL`](super::Named::ALL), then those whose opening was not seen.
-    pub connections: [u64; 3],
-    /// By [`End::ALL`](super::Named::ALL).
-    pub ends: [u64; 10],
+    /// By [`Role::ALL`](Named::ALL), then those whose opening was not seen.
+    pub connections: [u64; Role::ALL.len() + 1],
+    /// By [`End::ALL`](Named::ALL).
+    pub ends: [u64; End::ALL.len()],
     /// By [`FAILURE_REASONS`].
     pub failures: [u64; FAILURE_REASONS.len()],
 }
@@ -81,9 +113,9 @@ pub struct Counted {
     pub comms: Vec<CommView>,
     /// Names that had to count as `<other>` for want of a place, since the start.
     pub comm_overflow: u64,
-    /// By `table::Discard`, with the names of its reasons.
+    /// With the names of `table::Discard`'s reasons.
     pub dwell_discarded: Vec<(&'static str, u64)>,
-    /// By kind, with the names of its kinds.
+    /// With the names of `table::Correction`.
     pub corrections: Vec<(&'static str, u64)>,
     pub table_entries: u64,
 }
@@ -93,23 +125,26 @@ pub struct Counted {
 pub struct KernelCounted {
     /// `(from, to, count)` in the kernel's order of states; a number that has no name is `None`.
     pub transitions: Vec<(Option<TcpState>, Option<TcpState>, u64)>,
-    /// Per program: name, runs, nanoseconds; empty while the kernel's BPF statistics are off.
-    pub runs: Vec<(&'static str, u64, u64)>,
+    /// Per program: runs, nanoseconds; empty while the kernel's BPF statistics are off.
+    pub runs: Vec<(Program, u64, u64)>,
 }
 
 /// The daemon's own health.
 #[derive(Clone, Debug, PartialEq, Default)]
 pub struct Health {
     pub events_received: u64,
-    /// By [`LossReason::ALL`](super::Named::ALL); `slow_reader` counts per stream, so 0 here.
-    pub events_lost: [u64; 4],
+    /// By [`EVENT_LOSSES`].
+    pub events_lost: [u64; EVENT_LOSSES.len()],
     /// Feature and whether it is in use.
-    pub features: Vec<(&'static str, bool)>,
+    pub features: Vec<(Feature, bool)>,
     pub reconciles: u64,
     pub reconcile_failures: u64,
     pub last_reconcile_duration_ns: Option<u64>,
     /// Unix time, nanoseconds.
     pub last_reconcile_success_ns: Option<u64>,
+    pub stream_clients: u64,
+    /// Over all streams, those that have ended too.
+    pub stream_lines_dropped: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Default)]
@@ -120,6 +155,21 @@ pub struct View {
     pub counted: Option<Arc<Counted>>,
 }
 
-const _: () = assert!(<Role as super::Named>::ALL.len() == 2);
-const _: () = assert!(<End as super::Named>::ALL.len() == 10);
-const _: () = assert!(<LossReason as super::Named>::ALL.len() == 4);
+#[cfg(test)]
+mod tests {
+    use super::{GAUGE_STATES, TcpState, gauge_index};
+
+    #[test]
+    fn each_state_but_close_has_a_gauge() {
+        for number in 0..=u8::MAX {
+            let state = TcpState::from_kernel(number);
+            let expected = match state {
+                TcpState::NEW_SYN_RECV => Some(2),
+                _ => GAUGE_STATES.iter().position(|&known| known == state),
+            };
+            assert_eq!(gauge_index(state), expected, "{state}");
+        }
+        assert_eq!(gauge_index(TcpState::SYN_RECV), Some(2));
+        assert_eq!(gauge_index(TcpState::CLOSE), None);
+    }
+}

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tcpstate_common::TcpState;
 
-use crate::model::{Comm, ConnectionId, End, Endpoint, Evidence, Family, Owner, Role, Transition};
+use crate::model::{
+    Comm, ConnectionId, End, Endpoint, Evidence, Family, Owner, Role, Transition, named,
+};
 
 /// One socket, or what the kernel keeps of it in TIME_WAIT, or a half-open request.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,15 +43,16 @@ impl Place {
     }
 }
 
-/// Why a stay that ended gives no dwell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Discard {
-    /// The state was entered before the tracer could see it.
-    StartUnseen,
-    /// Events were lost during the stay.
-    Lost,
-    /// The event's old state is not the one that the table held.
-    Mismatch,
+named! {
+    /// Why a stay that ended gives no dwell.
+    pub enum Discard ("reason without dwell") {
+        /// The state was entered before the tracer could see it.
+        StartUnseen = "start_unseen",
+        /// Events were lost during the stay.
+        Lost = "lost",
+        /// The event's old state is not the one that the table held.
+        Mismatch = "mismatch",
+    }
 }
 
 /// The stay that a change ended.

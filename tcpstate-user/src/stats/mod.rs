@@ -1,0 +1,204 @@
+//! Counts what the table says: sockets by owner and state, dwell times, connections and how they ended.
+//!
+//! Pure: time comes in with the changes. How it is shown is `export`'s; what happened is `table`'s.
+
+mod counters;
+mod dwell;
+mod gauges;
+mod idle;
+mod names;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use tcpstate_common::TcpState;
+
+use self::counters::Counters;
+use self::gauges::Gauges;
+use self::names::Names;
+use crate::model::view::{CommView, Counted, StateCounts, gauge_index};
+use crate::model::{Comm, Named, Role};
+use crate::table::{Change, Correction, Discard, Dwell, Place};
+
+pub use self::dwell::timed_states;
+
+/// The label of sockets without owner.
+pub const NONE: &str = "<none>";
+/// The label of all names that have no place.
+pub const OTHER: &str = "<other>";
+
+#[derive(Debug)]
+pub struct Stats {
+    /// Sockets without owner.
+    none_gauges: Gauges,
+    none: Counters,
+    names: Names,
+    /// By [`Discard::ALL`].
+    discarded: [u64; Discard::ALL.len()],
+}
+
+/// A gauge, as a socket's place addresses it: the owner's name, and the state's index.
+type Gauge = (Option<Comm>, usize);
+
+fn gauge(place: Option<Place>) -> Option<Gauge> {
+    let place = place?;
+    Some((place.comm, gauge_index(place.state)?))
+}
+
+impl Stats {
+    /// At most `max_comms` names are label values at one time, `<none>` and `<other>` apart.
+    #[must_use]
+    pub fn new(max_comms: usize) -> Self {
+        Self {
+            none_gauges: Gauges::default(),
+            none: Counters::default(),
+            names: Names::new(max_comms),
+            discarded: [0; Discard::ALL.len()],
+        }
+    }
+
+    pub fn apply(&mut self, change: &Change<'_>) {
+        let (before, after) = (gauge(change.before), gauge(change.after));
+        match (before, after) {
+            (Some((from, left)), Some((to, entered))) if from == to => {
+                self.shift(from, left, entered);
+                self.count(change);
+            }
+            _ => {
+                // The new name first and the old one last: what happened counts while both are there.
+                if let Some((comm, state)) = after {
+                    self.enter(comm, state);
+                }
+                self.count(change);
+                if let Some((comm, state)) = before {
+                    self.leave(comm, state, change.time_ns);
+                }
+            }
+        }
+    }
+
+    /// What has been counted, with what the table knows of itself.
+    ///
+    /// `now_ns`: `CLOCK_BOOTTIME`. Names that lost their right to a place by then have lost it afterwards.
+    pub fn counted(
+        &mut self,
+        now_ns: u64,
+        table_entries: u64,
+        corrections: [u64; Correction::ALL.len()],
+    ) -> Counted {
+        self.names.settle(now_ns);
+        let mut comms = vec![view(NONE.into(), self.none_gauges.by_state(), &self.none)];
+        if self.names.overflow > 0 {
+            let sockets = gauges::sum(self.names.waiting().map(Gauges::by_state));
+            comms.push(view(OTHER.into(), &sockets, &self.names.other));
+        }
+        comms.extend(self.names.places().map(|place| {
+            let label = Arc::clone(&place.label);
+            view(label, place.gauges.by_state(), &place.counters)
+        }));
+        comms.sort_unstable_by(|a, b| a.comm.cmp(&b.comm));
+        Counted {
+            sockets: gauges::sum(comms.iter().map(|comm| &comm.sockets)),
+            comms,
+            comm_overflow: self.names.overflow,
+            dwell_discarded: by_name::<Discard, _>(self.discarded),
+            corrections: by_name::<Correction, _>(corrections),
+            table_entries,
+        }
+    }
+
+    fn enter(&mut self, comm: Option<Comm>, state: usize) {
+        match comm {
+            Some(comm) => self.names.enter(comm, state),
+            None => {
+                self.none_gauges.add(state);
+                self.none.note_state(state);
+            }
+        }
+    }
+
+    fn leave(&mut self, comm: Option<Comm>, state: usize, now_ns: u64) {
+        match comm {
+            Some(comm) => self.names.leave(comm, state, now_ns),
+            None => {
+                self.none_gauges.remove(state);
+            }
+        }
+    }
+
+    fn shift(&mut self, comm: Option<Comm>, from: usize, to: usize) {
+        match comm {
+            Some(comm) => self.names.shift(comm, from, to),
+            None => {
+                if self.none_gauges.remove(from) {
+                    self.none_gauges.add(to);
+                    self.none.note_state(to);
+                }
+            }
+        }
+    }
+
+    /// What the change adds to the counters of the name that the socket's owner has now.
+    fn count(&mut self, change: &Change<'_>) {
+        let dwell = match change.dwell {
+            Dwell::Seen(ns) => timed_state_left(change).map(|state| (state, ns)),
+            Dwell::Unknown(reason) => {
+                if timed_state_left(change).is_some() {
+                    self.discarded[reason as usize] += 1;
+                }
+                None
+            }
+            Dwell::None => None,
+        };
+        let connected = matches!(
+            change.kernel,
+            Some((
+                TcpState::SYN_SENT | TcpState::SYN_RECV,
+                TcpState::ESTABLISHED
+            ))
+        );
+        if dwell.is_none() && !connected && change.end.is_none() {
+            return;
+        }
+        let socket = change.socket;
+        let counters = match socket.owner {
+            Some(owner) => self.names.counters(owner.process.comm, change.time_ns),
+            None => &mut self.none,
+        };
+        if let Some((state, ns)) = dwell {
+            counters.record_dwell(state, ns);
+        }
+        if connected {
+            counters.count_connection(socket.role);
+        }
+        match change.end {
+            Some(end) if socket.established => counters.count_end(end),
+            Some(end) if socket.role == Some(Role::Active) => counters.count_failure(end),
+            _ => {}
+        }
+    }
+}
+
+/// `counts`: by the type's values, in their order.
+fn by_name<T: Named, const N: usize>(counts: [u64; N]) -> Vec<(&'static str, u64)> {
+    let names = T::ALL.iter().map(|value| value.name());
+    names.zip(counts).collect()
+}
+
+/// The state whose stay the change ended, if events can time it.
+fn timed_state_left(change: &Change<'_>) -> Option<usize> {
+    let (left, _) = change.shown?;
+    gauge_index(left).filter(|&state| dwell::is_timed(state))
+}
+
+fn view(comm: Arc<str>, sockets: &StateCounts, counters: &Counters) -> CommView {
+    CommView {
+        comm,
+        sockets: *sockets,
+        dwell: counters.dwell(),
+        connections: counters.connections,
+        ends: counters.ends,
+        failures: counters.failures,
+    }
+}
