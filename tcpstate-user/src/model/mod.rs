@@ -10,6 +10,7 @@ pub mod view;
 
 pub use comm::Comm;
 pub use end::End;
+pub(crate) use name::named;
 pub use name::{Named, UnknownName};
 pub use transition::{
     ConnectionId, Endpoint, Evidence, Family, Line, Loss, LossReason, NetnsSelection, Owner,
