@@ -3,6 +3,8 @@
 //! Arrows only point down: `run, cli → export, kernel, owner → table, stats → model, filter →
 //! tcpstate-common`; `cargo xtask check` holds the rule.
 
+pub mod export;
+pub mod filter;
 pub mod kernel;
 pub mod model;
 pub mod owner;

@@ -31,6 +31,23 @@ impl Comm {
         Self(comm)
     }
 
+    /// Reads what `Display` wrote. What it can't have written is taken as it stands, as far as it fits.
+    #[must_use]
+    pub fn from_escaped(shown: &str) -> Self {
+        let mut bytes = Vec::with_capacity(COMM_LEN);
+        let mut rest = shown;
+        while let Some(char) = rest.chars().next() {
+            let (byte_or_char, len) =
+                unescape(rest).unwrap_or((Unescaped::Char(char), char.len_utf8()));
+            match byte_or_char {
+                Unescaped::Byte(byte) => bytes.push(byte),
+                Unescaped::Char(char) => bytes.extend(char.encode_utf8(&mut [0; 4]).as_bytes()),
+            }
+            rest = &rest[len..];
+        }
+        Self::from_bytes(&bytes)
+    }
+
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         let len = self.0.iter().position(|&byte| byte == 0);
@@ -38,9 +55,46 @@ impl Comm {
     }
 }
 
+enum Unescaped {
+    Byte(u8),
+    Char(char),
+}
+
+/// The escape that `text` begins with, and its length.
+fn unescape(text: &str) -> Option<(Unescaped, usize)> {
+    let escape = text.strip_prefix('\\')?;
+    let kind = escape.chars().next()?;
+    let char = match kind {
+        'n' => '\n',
+        'r' => '\r',
+        't' => '\t',
+        '0' => '\0',
+        '\\' => '\\',
+        'x' => {
+            let byte = u8::from_str_radix(escape.get(1..3)?, 16).ok()?;
+            return Some((Unescaped::Byte(byte), 4));
+        }
+        'u' => {
+            let digits = escape[1..].strip_prefix('{')?.split_once('}')?.0;
+            let char = char::from_u32(u32::from_str_radix(digits, 16).ok()?)?;
+            return Some((Unescaped::Char(char), digits.len() + 4));
+        }
+        _ => return None,
+    };
+    Some((Unescaped::Char(char), 2))
+}
+
 impl fmt::Display for Comm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         use fmt::Write as _;
+        // Most names need no escape, and this is done for every line.
+        if let Ok(plain) = std::str::from_utf8(self.as_bytes())
+            && plain
+                .bytes()
+                .all(|byte| matches!(byte, b' '..=b'~') && byte != b'\\')
+        {
+            return f.pad(plain);
+        }
         let mut shown = String::with_capacity(COMM_LEN);
         for chunk in self.as_bytes().utf8_chunks() {
             for char in chunk.valid().chars() {
@@ -83,6 +137,26 @@ mod tests {
         ];
         for (bytes, shown) in cases {
             assert_eq!(Comm::from_bytes(bytes).to_string(), shown);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn what_is_shown_can_be_read_back(bytes in proptest::collection::vec(1u8.., 0..=15)) {
+            let comm = Comm::from_bytes(&bytes);
+            proptest::prop_assert_eq!(Comm::from_escaped(&comm.to_string()), comm);
+        }
+
+        #[test]
+        fn any_text_can_be_read(text in ".{0,40}") {
+            let _ = Comm::from_escaped(&text);
+        }
+    }
+
+    #[test]
+    fn an_escape_that_is_none_is_taken_as_it_stands() {
+        for text in ["\\", "\\q", "\\x", "\\xé", "\\u{", "\\u{110000}", "\\xzz"] {
+            assert_eq!(Comm::from_escaped(text).as_bytes(), text.as_bytes());
         }
     }
 

@@ -57,6 +57,20 @@ macro_rules! named {
                 match self { $(Self::$variant => $name,)+ }
             }
         }
+
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.pad($crate::model::Named::name(*self))
+            }
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = $crate::model::UnknownName;
+
+            fn from_str(name: &str) -> Result<Self, Self::Err> {
+                $crate::model::Named::from_name(name)
+            }
+        }
     };
 }
 pub(crate) use named;

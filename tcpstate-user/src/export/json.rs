@@ -1,0 +1,109 @@
+//! Lines as JSON, one object each. A hot path: written field by field into the caller's buffer.
+
+use std::fmt::Display;
+use std::io::Write as _;
+
+use super::SCHEMA;
+use super::time::Utc;
+use crate::model::{Endpoint, Line, Loss, Named, Start, Transition};
+
+#[derive(Default)]
+pub struct Json {
+    time: Utc,
+}
+
+impl Json {
+    pub fn write(&mut self, seq: u64, line: &Line, out: &mut Vec<u8>) {
+        match line {
+            Line::Start(start) => self.start(seq, start, out),
+            Line::Transition(transition) => self.transition(seq, transition, out),
+            Line::Lost(loss) => self.loss(seq, loss, out),
+        }
+        out.extend_from_slice(b"}\n");
+    }
+
+    fn head(&mut self, kind: &str, seq: u64, time_ns: u64, out: &mut Vec<u8>) {
+        put(
+            out,
+            format_args!(r#"{{"type":"{kind}","schema":{SCHEMA},"seq":{seq},"time":""#),
+        );
+        self.time.write(time_ns, out);
+        out.push(b'"');
+    }
+
+    fn start(&mut self, seq: u64, start: &Start, out: &mut Vec<u8>) {
+        self.head("start", seq, start.time_ns, out);
+        text(out, "host", Some(&start.host));
+        text(out, "boot_id", Some(&start.boot_id));
+        text(out, "version", Some(&start.version));
+        plain(out, "source", Some(start.source.name()));
+        plain(out, "netns", Some(start.netns));
+    }
+
+    fn transition(&mut self, seq: u64, t: &Transition, out: &mut Vec<u8>) {
+        let process = t.owner.map(|owner| owner.process);
+        self.head("transition", seq, t.time_ns, out);
+        plain(out, "id", Some(t.id));
+        plain(out, "cookie", t.cookie);
+        number(out, "netns", t.netns);
+        plain(out, "family", Some(t.family.name()));
+        endpoint(out, "local_addr", "local_port", t.local);
+        endpoint(out, "remote_addr", "remote_port", t.remote);
+        plain(out, "from", Some(t.from));
+        plain(out, "to", Some(t.to));
+        number(out, "dwell_ns", t.dwell_ns);
+        plain(out, "evidence", Some(t.evidence.name()));
+        plain(out, "role", t.role.map(Named::name));
+        number(out, "pid", process.map(|process| process.pid));
+        text(out, "comm", process.map(|process| process.comm.to_string()));
+        number(out, "uid", t.uid);
+        text(out, "container", t.container.as_deref());
+        let source = t.owner.map_or("none", |owner| owner.source.name());
+        plain(out, "owner_source", Some(source));
+        plain(out, "end", t.end.map(Named::name));
+    }
+
+    fn loss(&mut self, seq: u64, loss: &Loss, out: &mut Vec<u8>) {
+        self.head("lost", seq, loss.time_ns, out);
+        number(out, "count", Some(loss.count));
+        plain(out, "reason", Some(loss.reason.name()));
+    }
+}
+
+fn endpoint(out: &mut Vec<u8>, addr: &str, port: &str, endpoint: Endpoint) {
+    plain(out, addr, endpoint.addr);
+    number(out, port, endpoint.port);
+}
+
+fn put(out: &mut Vec<u8>, text: impl Display) {
+    write!(out, "{text}").expect("a Vec takes everything");
+}
+
+fn number(out: &mut Vec<u8>, name: &str, value: Option<impl Display>) {
+    match value {
+        Some(value) => put(out, format_args!(r#","{name}":{value}"#)),
+        None => null(out, name),
+    }
+}
+
+/// A string that holds nothing to escape.
+fn plain(out: &mut Vec<u8>, name: &str, value: Option<impl Display>) {
+    match value {
+        Some(value) => put(out, format_args!(r#","{name}":"{value}""#)),
+        None => null(out, name),
+    }
+}
+
+fn text(out: &mut Vec<u8>, name: &str, value: Option<impl AsRef<str>>) {
+    match value {
+        Some(value) => {
+            put(out, format_args!(r#","{name}":"#));
+            serde_json::to_writer(out, value.as_ref()).expect("a Vec takes every string");
+        }
+        None => null(out, name),
+    }
+}
+
+fn null(out: &mut Vec<u8>, name: &str) {
+    put(out, format_args!(r#","{name}":null"#));
+}
