@@ -1,1 +1,57 @@
-fn main() {}
+//! `cargo xtask`: sets up, builds, runs, checks and tests tcpstate. This file only dispatches; each command has its own file.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+mod build;
+mod check;
+mod debian;
+mod host;
+mod imports;
+mod libtest;
+mod run;
+mod setup;
+mod test;
+
+/// Builds, runs, checks and tests tcpstate.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+enum Command {
+    /// Install what the other commands need (they also call it themselves)
+    Setup,
+    /// Build the release binary, target/release/tcpstate, with the eBPF object inside
+    Build,
+    /// Build, then run `tcpstate watch`, or tcpstate with the arguments given
+    #[command(disable_help_flag = true)]
+    Run {
+        /// Arguments for tcpstate
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
+    /// Build, then run all tests, the live ones too; ends with `N passed, N failed`
+    Test {
+        /// Run only the tests whose name contains this
+        filter: Option<String>,
+    },
+    /// Check format, lints, dependencies, imports and documentation
+    Check,
+}
+
+fn main() -> ExitCode {
+    let result = match Command::parse() {
+        Command::Setup => setup::everything(),
+        Command::Build => build::release().map(drop),
+        Command::Run { args } => run::product(&args),
+        Command::Test { filter } => test::all(filter.as_deref()),
+        Command::Check => check::all(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! `cargo xtask build`, and what cargo builds for the tests. The eBPF object is made by tcpstate-user's build script.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+use cargo_metadata::{Message, TargetKind};
+
+use crate::{host, setup};
+
+pub const PRODUCT: &str = "tcpstate";
+
+/// Builds target/release/tcpstate and gives its path.
+pub fn release() -> Result<PathBuf> {
+    setup::for_build()?;
+    host::run(
+        "building target/release/tcpstate",
+        host::cargo().args(["build", "--release", "--package", "tcpstate-user"]),
+    )?;
+    Ok(host::target().join("release").join(PRODUCT))
+}
+
+/// A test program as cargo built it.
+pub struct TestBinary {
+    pub name: String,
+    pub integration: bool,
+    pub path: PathBuf,
+    /// Cargo runs a package's tests in its folder.
+    pub package: PathBuf,
+}
+
+/// Builds the tests that `cargo test` with these arguments would run.
+pub fn tests(what: &str, arguments: &[&str]) -> Result<Vec<TestBinary>> {
+    host::say(what);
+    let mut command = host::cargo();
+    command
+        .args([
+            "test",
+            "--no-run",
+            "--message-format=json-render-diagnostics",
+        ])
+        .args(arguments)
+        .stdout(Stdio::piped());
+    let mut cargo = command
+        .spawn()
+        .with_context(|| host::cannot_start(&command))?;
+    let messages = cargo.stdout.take().expect("stdout is piped");
+    let mut binaries = Vec::new();
+    for message in Message::parse_stream(std::io::BufReader::new(messages)) {
+        let Message::CompilerArtifact(artifact) = message.context("can't read cargo's messages")?
+        else {
+            continue;
+        };
+        let Some(path) = artifact.executable.filter(|_| artifact.profile.test) else {
+            continue;
+        };
+        let package = artifact
+            .manifest_path
+            .parent()
+            .context("a manifest without a folder")?;
+        binaries.push(TestBinary {
+            name: artifact.target.name,
+            integration: artifact.target.kind.contains(&TargetKind::Test),
+            path: path.into_std_path_buf(),
+            package: package.as_std_path().to_owned(),
+        });
+    }
+    let status = cargo.wait()?;
+    if !status.success() {
+        bail!("{what}: {} ended with {status}", host::shown(&command));
+    }
+    Ok(binaries)
+}
