@@ -61,7 +61,10 @@ mod tests {
 
     #[test]
     fn a_bound_is_within_its_bucket() {
-        assert_eq!(BOUNDS_NS[..4], [1_000_000, 5_000_000, 25_000_000, 100_000_000]);
+        assert_eq!(
+            BOUNDS_NS[..4],
+            [1_000_000, 5_000_000, 25_000_000, 100_000_000]
+        );
         assert_eq!(BOUNDS_NS[12], 86_400_000_000_000);
         for (at, bound) in BOUNDS_NS.into_iter().enumerate() {
             for (dwell_ns, bucket) in [(bound - 1, at), (bound, at), (bound + 1, at + 1)] {
@@ -87,7 +90,15 @@ mod tests {
         let timed: Vec<_> = timed_states().filter_map(TcpState::name).collect();
         assert_eq!(
             timed,
-            ["ESTABLISHED", "SYN_SENT", "FIN_WAIT1", "CLOSE_WAIT", "LAST_ACK", "LISTEN", "CLOSING"]
+            [
+                "ESTABLISHED",
+                "SYN_SENT",
+                "FIN_WAIT1",
+                "CLOSE_WAIT",
+                "LAST_ACK",
+                "LISTEN",
+                "CLOSING"
+            ]
         );
     }
 }

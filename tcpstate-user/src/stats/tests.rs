@@ -210,7 +210,10 @@ fn a_rename_moves_the_gauges_and_nothing_else() {
     let counted = at(&mut stats, 3);
     assert_eq!(open_sockets(&counted, "sh"), 0);
     assert_eq!(open_sockets(&counted, "nginx"), 1);
-    assert_eq!(comm(&counted, "sh").dwell[0].map(|dwell| dwell.count), Some(0));
+    assert_eq!(
+        comm(&counted, "sh").dwell[0].map(|dwell| dwell.count),
+        Some(0)
+    );
 }
 
 #[test]
@@ -277,7 +280,11 @@ fn an_end_is_an_end_or_a_failure_or_neither() {
                 .filter(|&at| a.failures[at] > 0)
                 .map(|at| FAILURE_REASONS[at])
                 .collect();
-            let reason = if FAILURE_REASONS.contains(&end) { end } else { End::Unknown };
+            let reason = if FAILURE_REASONS.contains(&end) {
+                end
+            } else {
+                End::Unknown
+            };
             match (established, role) {
                 (true, _) => assert_eq!((ends, failures), (vec![end], vec![])),
                 (false, Some(Role::Active)) => {
@@ -292,7 +299,9 @@ fn an_end_is_an_end_or_a_failure_or_neither() {
 #[test]
 fn only_stays_that_events_can_time_count_or_are_discarded() {
     let mut stats = Stats::new(5);
-    let states = GAUGE_STATES.into_iter().chain([TcpState::CLOSE, TcpState::NEW_SYN_RECV]);
+    let states = GAUGE_STATES
+        .into_iter()
+        .chain([TcpState::CLOSE, TcpState::NEW_SYN_RECV]);
     for state in states {
         for dwell in [
             Dwell::Seen(1_000_000),
@@ -314,12 +323,19 @@ fn only_stays_that_events_can_time_count_or_are_discarded() {
     let counted = at(&mut stats, 3);
     for (state, dwell) in GAUGE_STATES.iter().zip(comm(&counted, "a").dwell) {
         let timed = timed_states().any(|timed| timed == *state);
-        assert_eq!(dwell.map(|dwell| (dwell.buckets[0], dwell.count)), timed.then_some((1, 1)));
+        assert_eq!(
+            dwell.map(|dwell| (dwell.buckets[0], dwell.count)),
+            timed.then_some((1, 1))
+        );
     }
     let states = timed_states().count() as u64;
     assert_eq!(
         counted.dwell_discarded,
-        [("start_unseen", states), ("lost", 2 * states), ("mismatch", states)]
+        [
+            ("start_unseen", states),
+            ("lost", 2 * states),
+            ("mismatch", states)
+        ]
     );
 }
 
@@ -333,7 +349,12 @@ fn a_state_has_a_histogram_once_a_socket_was_in_it() {
     // Taken along from the time when it waited for a place.
     let second = comm(&counted, "second");
     let present: Vec<_> = second.dwell.iter().map(Option::is_some).collect();
-    assert_eq!(present, [true, false, false, false, false, false, false, false, false, false]);
+    assert_eq!(
+        present,
+        [
+            true, false, false, false, false, false, false, false, false, false
+        ]
+    );
 }
 
 /// What a step of the proptest does to the socket at an index, or to the clock.
