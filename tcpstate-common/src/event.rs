@@ -44,7 +44,8 @@ pub struct SetState {
     /// The kernel's socket cookie; 0 where it has none yet or tracing programs can't ask for it (before 5.12).
     /// Up to 6.12 an accepted child's first event carries its listener's.
     pub cookie: u64,
-    /// Start of the process (thread-group leader), `CLOCK_BOOTTIME` nanoseconds; only with [`FLAG_TASK`].
+    /// Start of the process (thread-group leader), `CLOCK_BOOTTIME` nanoseconds; only with [`FLAG_TASK`], and 0 where
+    /// it can't be read (classic tracepoint).
     pub start_ns: u64,
     /// The process' cgroup v2 id; only with [`FLAG_TASK`].
     pub cgroup_id: u64,
@@ -54,12 +55,13 @@ pub struct SetState {
     pub tgid: u32,
     /// The socket's own uid (`sk_uid`), in the initial user namespace; `u32::MAX` where it can't be read.
     pub uid: u32,
-    /// `tcp_sock.linger2`: below 0, an orphan does not wait in FIN_WAIT2.
+    /// `tcp_sock.linger2`: below 0, an orphan does not wait in FIN_WAIT2. Read at FIN_WAIT2→CLOSE only, elsewhere 0.
     pub linger2: i32,
     /// v6 as it is, v4 in the last four of 16 bytes behind `::ffff:` (network order).
     pub local_addr: [u8; 16],
     pub remote_addr: [u8; 16],
-    /// Name of the process (thread-group leader), up to the first NUL; only with [`FLAG_TASK`].
+    /// Name of the process (thread-group leader), up to the first NUL; only with [`FLAG_TASK`]. Empty where it can't be
+    /// read (classic tracepoint, in any thread but the leader).
     pub comm: [u8; COMM_LEN],
     pub local_port: u16,
     pub remote_port: u16,

@@ -8,6 +8,7 @@ pub mod config;
 pub mod counters;
 pub mod event;
 pub mod state;
+pub mod tracepoint;
 
 pub use event::SetState;
 pub use state::TcpState;

@@ -1,4 +1,19 @@
-//! The only folder that knows aya and netlink.
+//! The running kernel: the only folder that knows aya and netlink.
+//!
+//! [`load`] attaches the eBPF program, [`ring`] hands on its records, [`info`] what the kernel counts; [`btf`] and
+//! [`tracepoint`] read the layouts that the program depends on, and [`capability`] explains refusals. [`snapshot`] dumps
+//! sockets, in each namespace that [`netns`] finds. What any of it means is not decided here.
 
+pub mod btf;
+pub mod capability;
+pub mod info;
+pub mod load;
 pub mod netns;
+pub mod ring;
 pub mod snapshot;
+pub mod tracepoint;
+
+pub use capability::StartError;
+pub use info::{Counters, RunStats};
+pub use load::{Netns, Options, Path, Session};
+pub use ring::{DEFAULT_RING_SIZE, Drained, RingSizeError, check_ring_size};

@@ -1,0 +1,172 @@
+//! The socket of a transition, read field by field; what the fields mean is the kernel's and the user side's.
+
+use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
+use tcpstate_common::event::AF_INET;
+
+use crate::maps::offset;
+
+/// `enum sock_flags`: bit numbers in `sk_flags`.
+const SOCK_DEAD: u32 = 0;
+const SOCK_DONE: u32 = 1;
+
+/// A `struct sock *` that the verifier knows by its BTF type: it lets fields be loaded directly, and a load from an
+/// address that is not mapped gives 0 instead of a fault.
+#[derive(Clone, Copy)]
+pub struct Sock(*const u8);
+
+/// A `struct tcp_sock *`, known to the verifier as that.
+#[derive(Clone, Copy)]
+pub struct TcpSock(*const u8);
+
+/// Loads the field of that name in [`Offsets`](tcpstate_common::config::Offsets) from a struct at a pointer with BTF type.
+macro_rules! load {
+    ($base:expr, $field:ident) => {{
+        let offset = offset!($field);
+        // SAFETY: the offset is the field's in the struct that the base points to, by the kernel's own BTF, and the
+        // type has the field's size. The verifier refuses the program where a load leaves the struct.
+        unsafe { load_at($base, offset) }
+    }};
+}
+
+/// # Safety
+/// A `T` must be there to be read.
+#[inline(always)]
+unsafe fn load_at<T: Copy>(base: *const u8, offset: usize) -> T {
+    // SAFETY: the caller's promise.
+    unsafe { base.add(offset).cast::<T>().read() }
+}
+
+impl Sock {
+    /// `sk` is the tracepoint's first argument.
+    #[inline(always)]
+    pub const fn new(sk: *const u8) -> Self {
+        Self(sk)
+    }
+
+    #[inline(always)]
+    pub const fn as_ptr(self) -> *const u8 {
+        self.0
+    }
+
+    #[inline(always)]
+    pub fn protocol(self) -> u16 {
+        load!(self.0, sk_protocol)
+    }
+
+    #[inline(always)]
+    pub fn family(self) -> u16 {
+        load!(self.0, sk_family)
+    }
+
+    /// Inode of the network namespace.
+    #[inline(always)]
+    pub fn netns(self) -> u32 {
+        let net: *const u8 = load!(self.0, sk_net);
+        load!(net, net_inum)
+    }
+
+    /// The cookie as it is stored: 0 until something asked the kernel for it.
+    #[inline(always)]
+    pub fn stored_cookie(self) -> u64 {
+        load!(self.0, sk_cookie)
+    }
+
+    #[inline(always)]
+    pub fn uid(self) -> u32 {
+        load!(self.0, sk_uid)
+    }
+
+    #[inline(always)]
+    pub fn err(self) -> u16 {
+        let errno: i32 = load!(self.0, sk_err);
+        errno as u16
+    }
+
+    #[inline(always)]
+    pub fn shutdown(self) -> u8 {
+        load!(self.0, sk_shutdown)
+    }
+
+    #[inline(always)]
+    pub fn flags(self) -> SockFlags {
+        SockFlags(load!(self.0, sk_flags))
+    }
+
+    /// Local port while the socket holds one, in host order.
+    #[inline(always)]
+    pub fn num(self) -> u16 {
+        load!(self.0, sk_num)
+    }
+
+    #[inline(always)]
+    pub fn remote_port(self) -> u16 {
+        u16::from_be(load!(self.0, sk_dport))
+    }
+
+    #[inline(always)]
+    pub fn local_addr(self, family: u16) -> [u8; 16] {
+        if family == AF_INET {
+            v4_mapped(load!(self.0, sk_rcv_saddr))
+        } else {
+            let words: [u64; 2] = load!(self.0, sk_v6_rcv_saddr);
+            zerocopy::transmute!(words)
+        }
+    }
+
+    #[inline(always)]
+    pub fn remote_addr(self, family: u16) -> [u8; 16] {
+        if family == AF_INET {
+            v4_mapped(load!(self.0, sk_daddr))
+        } else {
+            let words: [u64; 2] = load!(self.0, sk_v6_daddr);
+            zerocopy::transmute!(words)
+        }
+    }
+
+    /// The same socket as the struct that its TCP fields are in: past the end of `struct sock` the verifier wants
+    /// to know that they are there. `None` never for TCP; costs a helper call, so only where it is needed. 5.9+
+    #[inline(always)]
+    pub fn tcp(self) -> Option<TcpSock> {
+        // SAFETY: the argument is a socket by its BTF type, which is all that the helper asks for.
+        let tcp = unsafe { bpf_skc_to_tcp_sock(self.0.cast_mut().cast()) };
+        (!tcp.is_null()).then_some(TcpSock(tcp.cast_const().cast()))
+    }
+}
+
+impl TcpSock {
+    /// The local port as it stands in headers; outlives [`Sock::num`], which is cleared before →CLOSE.
+    #[inline(always)]
+    pub fn sport(self) -> u16 {
+        u16::from_be(load!(self.0, inet_sport))
+    }
+
+    #[inline(always)]
+    pub fn linger2(self) -> i32 {
+        load!(self.0, tcp_linger2)
+    }
+}
+
+/// `sk_flags`.
+#[derive(Clone, Copy)]
+pub struct SockFlags(u64);
+
+impl SockFlags {
+    /// No descriptor leads to the socket any more.
+    #[inline(always)]
+    pub const fn dead(self) -> bool {
+        self.0 & (1 << SOCK_DEAD) != 0
+    }
+
+    /// A FIN was received.
+    #[inline(always)]
+    pub const fn done(self) -> bool {
+        self.0 & (1 << SOCK_DONE) != 0
+    }
+}
+
+/// `addr`, in network order, behind `::ffff:`.
+#[inline(always)]
+fn v4_mapped(addr: u32) -> [u8; 16] {
+    let words = [0, (0xffff << 32 | u64::from(u32::from_be(addr))).to_be()];
+    zerocopy::transmute!(words)
+}

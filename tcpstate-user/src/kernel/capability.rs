@@ -1,0 +1,222 @@
+//! Why the kernel refused: turns an errno of bpf(2) into a line that says what would help.
+//!
+//! Nothing is probed before: what was tried and refused is explained.
+
+use std::{error::Error, fs, io, path::Path as FsPath};
+
+use aya::programs::ProgramError;
+use caps::{CapSet, Capability};
+
+use super::{
+    btf::{BtfError, VMLINUX},
+    load::Path,
+    ring::RingSizeError,
+    tracepoint::TracepointError,
+};
+
+/// Ring buffer, CAP_BPF.
+const OLDEST: (u32, u32) = (5, 8);
+/// From here on maps count against the memory cgroup, no longer against RLIMIT_MEMLOCK.
+const CGROUP_ACCOUNTING: (u32, u32) = (5, 11);
+
+/// Why tracing did not start; nothing is left attached. The text is one line.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    RingSize(#[from] RingSizeError),
+    #[error(transparent)]
+    Btf(#[from] BtfError),
+    #[error(transparent)]
+    Tracepoint(#[from] TracepointError),
+    #[error(
+        "the kernel has no BTF ({VMLINUX}), which {path} needs; CONFIG_DEBUG_INFO_BTF=y gives it"
+    )]
+    NoBtf { path: Path },
+    #[error(
+        "one network namespace can't be chosen on the classic tracepoint, which doesn't show it; \
+         use --netns all, or a kernel with BTF"
+    )]
+    NetnsUnknown,
+    #[error(
+        "no right to load eBPF: {0} missing; run as root, or give the program these capabilities"
+    )]
+    Capabilities(String),
+    #[error(
+        "no right to load eBPF though {0} are there: a user namespace, a container's seccomp filter or a security \
+         module refuses bpf(2)"
+    )]
+    Forbidden(&'static str),
+    #[error("kernel lockdown is in confidentiality mode, which forbids eBPF to read kernel memory")]
+    Lockdown,
+    #[error("kernel {0} is too old; 5.8 or later is needed")]
+    KernelTooOld(String),
+    #[error(
+        "not enough memory for the ring of {ring_size} bytes and the programs: {limit}; try a smaller --ring-size"
+    )]
+    Memory { ring_size: u32, limit: &'static str },
+    #[error("the kernel's verifier refused the program for {path}: {reason}")]
+    Verifier { path: Path, reason: String },
+    #[error("cannot {step}: {reason}")]
+    Other { step: &'static str, reason: String },
+}
+
+/// What was tried when an error came.
+#[derive(Clone, Copy)]
+pub(super) struct Attempt {
+    pub step: &'static str,
+    pub path: Path,
+    pub ring_size: u32,
+}
+
+impl Attempt {
+    /// Explains an error of aya's by its errno and by what this process and kernel are.
+    pub(super) fn explain(self, error: &(dyn Error + 'static)) -> StartError {
+        let release = release();
+        if version(&release).is_some_and(|version| version < OLDEST) {
+            return StartError::KernelTooOld(release);
+        }
+        let errno = errno_of(error);
+        match errno {
+            Some(libc::EPERM | libc::EACCES) if !missing().is_empty() => {
+                return StartError::Capabilities(missing().join(" and "));
+            }
+            Some(libc::EPERM) if locked_down() => return StartError::Lockdown,
+            // Before 5.11 the limit is answered with EPERM.
+            Some(libc::EPERM)
+                if version(&release).is_some_and(|version| version < CGROUP_ACCOUNTING)
+                    && memlock_limited() =>
+            {
+                return StartError::Memory {
+                    ring_size: self.ring_size,
+                    limit: "RLIMIT_MEMLOCK is too low, and could not be raised",
+                };
+            }
+            Some(libc::EPERM) => return StartError::Forbidden("CAP_BPF and CAP_PERFMON"),
+            Some(libc::ENOMEM) => {
+                return StartError::Memory {
+                    ring_size: self.ring_size,
+                    limit: "the memory cgroup's limit, or the machine's memory, is used up",
+                };
+            }
+            _ => {}
+        }
+        if let Some(log) = verifier_log(error) {
+            return StartError::Verifier {
+                path: self.path,
+                reason: last_words(&log),
+            };
+        }
+        StartError::Other {
+            step: self.step,
+            reason: chain(error),
+        }
+    }
+}
+
+/// Names of the capabilities that loading needs and that this thread lacks.
+fn missing() -> Vec<&'static str> {
+    let Ok(effective) = caps::read(None, CapSet::Effective) else {
+        return Vec::new();
+    };
+    if effective.contains(&Capability::CAP_SYS_ADMIN) {
+        return Vec::new();
+    }
+    [
+        (Capability::CAP_BPF, "CAP_BPF"),
+        (Capability::CAP_PERFMON, "CAP_PERFMON"),
+    ]
+    .into_iter()
+    .filter(|(capability, _)| !effective.contains(capability))
+    .map(|(_, name)| name)
+    .collect()
+}
+
+fn locked_down() -> bool {
+    fs::read_to_string("/sys/kernel/security/lockdown")
+        .is_ok_and(|text| text.contains("[confidentiality]"))
+}
+
+fn memlock_limited() -> bool {
+    rustix::process::getrlimit(rustix::process::Resource::Memlock)
+        .current
+        .is_some()
+}
+
+/// Lifts the limit that maps count against before 5.11. Without the right to, loading says so.
+pub(super) fn lift_memlock() {
+    use rustix::process::{Resource, Rlimit, setrlimit};
+    if version(&release()).is_some_and(|version| version < CGROUP_ACCOUNTING) {
+        // A failure shows as EPERM of the first map, which is explained there.
+        let _ = setrlimit(
+            Resource::Memlock,
+            Rlimit {
+                current: None,
+                maximum: None,
+            },
+        );
+    }
+}
+
+pub(super) fn has_btf() -> bool {
+    FsPath::new(VMLINUX).exists()
+}
+
+fn release() -> String {
+    rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// Major and minor number of a release like `6.1.0-18-amd64`.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
+fn errno_of(error: &(dyn Error + 'static)) -> Option<i32> {
+    sources(error).find_map(|error| error.downcast_ref::<io::Error>()?.raw_os_error())
+}
+
+fn verifier_log(error: &(dyn Error + 'static)) -> Option<String> {
+    sources(error).find_map(|error| match error.downcast_ref()? {
+        ProgramError::LoadError { verifier_log, .. } => Some(verifier_log.to_string()),
+        _ => None,
+    })
+}
+
+/// The verifier's last line that is not statistics: the reason.
+fn last_words(log: &str) -> String {
+    const STATISTICS: [&str; 4] = [
+        "processed ",
+        "verification time",
+        "stack depth",
+        "peak_states",
+    ];
+    log.lines()
+        .map(str::trim)
+        .rfind(|line| !line.is_empty() && !STATISTICS.iter().any(|word| line.starts_with(word)))
+        .unwrap_or("it gave no reason")
+        .to_owned()
+}
+
+/// The error and its causes in one line.
+fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = String::new();
+    for error in sources(error) {
+        let part = error.to_string().replace('\n', " ");
+        if !text.ends_with(&part) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(&part);
+        }
+    }
+    text
+}
+
+fn sources<'a>(
+    error: &'a (dyn Error + 'static),
+) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
+}

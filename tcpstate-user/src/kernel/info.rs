@@ -1,0 +1,120 @@
+//! What the kernel counts: the program's own counters, and what `bpf(2)` tells of the program.
+
+use std::{
+    fs, io,
+    mem::size_of,
+    os::fd::{AsRawFd as _, BorrowedFd},
+};
+
+use aya::maps::{MapData, PerCpuArray};
+use tcpstate_common::counters::{RING_FULL, SLOTS, STATES, transition_slot};
+use zerocopy::{FromZeros, IntoBytes};
+
+/// All slots of one CPU.
+pub(super) type Block = [u64; SLOTS];
+
+/// Totals since the start, over all CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    /// By kernel number of the old and the new state; index 0 holds numbers that are too high.
+    pub transitions: [[u64; STATES]; STATES],
+    /// Records for which the ring had no room.
+    pub ring_full: u64,
+}
+
+impl Counters {
+    fn sum<'a>(blocks: impl IntoIterator<Item = &'a Block>) -> Self {
+        let mut sum = Self {
+            transitions: [[0; STATES]; STATES],
+            ring_full: 0,
+        };
+        for block in blocks {
+            for (from, row) in sum.transitions.iter_mut().enumerate() {
+                for (to, cell) in row.iter_mut().enumerate() {
+                    *cell += block[transition_slot(from as u32, to as u32)];
+                }
+            }
+            sum.ring_full += block[RING_FULL];
+        }
+        sum
+    }
+}
+
+pub(super) fn counters(map: &PerCpuArray<MapData, Block>) -> io::Result<Counters> {
+    let blocks = map.get(&0, 0).map_err(io::Error::other)?;
+    Ok(Counters::sum(blocks.iter()))
+}
+
+/// What the kernel measured of a program, while its BPF statistics were on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunStats {
+    /// The program's name, as in `bpftool prog`.
+    pub program: &'static str,
+    pub run_time_ns: u64,
+    pub run_count: u64,
+}
+
+/// Whether the kernel measures programs now (`kernel.bpf_stats_enabled`).
+pub(super) fn stats_enabled() -> bool {
+    fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").is_ok_and(|text| text.trim() == "1")
+}
+
+/// `struct bpf_prog_info` of Linux 5.12, with names for what is used here.
+#[repr(C)]
+#[derive(IntoBytes, FromZeros, zerocopy::Immutable)]
+pub(super) struct ProgInfo {
+    before: [u8; 192],
+    pub run_time_ns: u64,
+    pub run_count: u64,
+    /// Calls skipped since the program was running already on that CPU. 5.12+
+    recursion_misses: u64,
+    /// How much of this the kernel filled: not part of the kernel's struct.
+    filled: u64,
+}
+
+/// Length of the kernel's struct as far as it is declared here.
+const INFO_LEN: usize = size_of::<ProgInfo>() - size_of::<u64>();
+
+const _: () = assert!(std::mem::offset_of!(ProgInfo, run_time_ns) == 192);
+const _: () = assert!(INFO_LEN == 216);
+
+impl ProgInfo {
+    /// Asks the kernel.
+    pub(super) fn of(program: BorrowedFd<'_>) -> io::Result<Self> {
+        /// `union bpf_attr` for the command.
+        #[repr(C)]
+        struct Attr {
+            bpf_fd: u32,
+            info_len: u32,
+            info: u64,
+        }
+        const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+
+        let mut info = Self::new_zeroed();
+        let mut attr = Attr {
+            bpf_fd: program.as_raw_fd().cast_unsigned(),
+            info_len: INFO_LEN as u32,
+            info: (&raw mut info).expose_provenance() as u64,
+        };
+        // SAFETY: the command reads and writes `attr` within the size given, and writes no more than `info_len` bytes
+        // at `info`, where there are more; `info` is all zeros before, so it asks for nothing to be copied elsewhere.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                BPF_OBJ_GET_INFO_BY_FD,
+                &raw mut attr,
+                size_of::<Attr>(),
+            )
+        };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        info.filled = u64::from(attr.info_len);
+        Ok(info)
+    }
+
+    /// `None` where the kernel does not count them (before 5.12).
+    pub(super) fn recursion_misses(&self) -> Option<u64> {
+        (self.filled >= INFO_LEN as u64).then_some(self.recursion_misses)
+    }
+}

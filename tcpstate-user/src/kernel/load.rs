@@ -1,0 +1,294 @@
+//! Loads and attaches the eBPF program that fits the kernel, and owns all of it: dropping the session detaches.
+
+use std::{
+    error::Error,
+    fmt, io,
+    os::fd::{AsFd as _, AsRawFd, RawFd},
+    str::FromStr,
+};
+
+use aya::{
+    Btf, Ebpf, EbpfError, EbpfLoader,
+    maps::{Map, MapData, MapError, PerCpuArray, RingBuf},
+    programs::{BtfTracePoint, ProgramError, TracePoint},
+};
+use tcpstate_common::{
+    SetState,
+    config::{OFFSETS, Offsets, SWITCHES, Switches},
+    event::BadRecord,
+};
+use zerocopy::IntoBytes as _;
+
+use super::{
+    btf,
+    capability::{self, Attempt, StartError},
+    info::{self, Block, Counters, ProgInfo, RunStats},
+    ring::{self, Drained, WAKE_SHARE, check_ring_size},
+    tracepoint,
+};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/tcpstate-ebpf"));
+
+/// How the program is attached; the kernel's age decides, the best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Path {
+    /// `tp_btf` with the socket cookie. 5.12+, with BTF
+    TpBtf,
+    /// `tp_btf` where tracing programs can't ask for the cookie. 5.9+, with BTF
+    TpBtfNoCookie,
+    /// The classic tracepoint, whose record is all that is known. 5.8+, with tracefs
+    Tracepoint,
+}
+
+impl Path {
+    const ALL: [Self; 3] = [Self::TpBtf, Self::TpBtfNoCookie, Self::Tracepoint];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::TpBtf => "tp_btf",
+            Self::TpBtfNoCookie => "tp_btf_no_cookie",
+            Self::Tracepoint => "tracepoint",
+        }
+    }
+
+    /// The function in `tcpstate-ebpf`.
+    const fn program(self) -> &'static str {
+        match self {
+            Self::TpBtf => "set_state",
+            Self::TpBtfNoCookie => "set_state_no_cookie",
+            Self::Tracepoint => "set_state_classic",
+        }
+    }
+}
+
+impl fmt::Display for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+/// Not the name of a [`Path`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown attach path {0:?}; one of tp_btf, tp_btf_no_cookie, tracepoint")]
+pub struct UnknownPath(String);
+
+impl FromStr for Path {
+    type Err = UnknownPath;
+
+    fn from_str(name: &str) -> Result<Self, UnknownPath> {
+        Self::ALL
+            .into_iter()
+            .find(|path| path.name() == name)
+            .ok_or_else(|| UnknownPath(name.to_owned()))
+    }
+}
+
+/// Which network namespaces are traced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Netns {
+    All,
+    /// The one with this inode.
+    Inode(u32),
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub netns: Netns,
+    /// In bytes; see [`check_ring_size`].
+    pub ring_size: u32,
+    /// Only this way, not the best that works.
+    pub path: Option<Path>,
+}
+
+/// A running trace. Nothing is pinned: with the session, or the process, all of it goes.
+pub struct Session {
+    path: Path,
+    ring: RingBuf<MapData>,
+    counters: PerCpuArray<MapData, Block>,
+    /// The program and its link.
+    ebpf: Ebpf,
+}
+
+impl Session {
+    /// Loads and attaches. From its return on each transition is in the ring or counted as lost.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is attached then.
+    pub fn start(options: &Options) -> Result<Self, StartError> {
+        let ring_size = check_ring_size(options.ring_size.into())?;
+        capability::lift_memlock();
+        let candidates = match options.path {
+            Some(path) => vec![path],
+            None if capability::has_btf() => vec![Path::TpBtf, Path::TpBtfNoCookie],
+            None => vec![Path::Tracepoint],
+        };
+        let mut first_refusal = None;
+        for path in candidates {
+            match Self::start_by(path, options.netns, ring_size) {
+                // The verifier names a helper that it does not have no other way than it names a mistake.
+                Err(error @ StartError::Verifier { .. }) => {
+                    first_refusal = first_refusal.or(Some(error))
+                }
+                result => return result,
+            }
+        }
+        Err(first_refusal.expect("there is a candidate, and it was refused"))
+    }
+
+    fn start_by(path: Path, netns: Netns, ring_size: u32) -> Result<Self, StartError> {
+        let netns = match netns {
+            Netns::All => 0,
+            Netns::Inode(_) if path == Path::Tracepoint => return Err(StartError::NetnsUnknown),
+            Netns::Inode(inode) => inode,
+        };
+        // Our own reading of BTF is over, and its memory free, before aya begins with its.
+        let offsets = match path {
+            Path::TpBtf | Path::TpBtfNoCookie if !capability::has_btf() => {
+                return Err(StartError::NoBtf { path });
+            }
+            Path::TpBtf | Path::TpBtfNoCookie => btf::offsets()?,
+            Path::Tracepoint => {
+                tracepoint::check()?;
+                Offsets::default()
+            }
+        };
+        let switches = Switches {
+            netns,
+            wake_bytes: ring_size / WAKE_SHARE,
+        };
+
+        let failed = |step| {
+            move |error: &(dyn Error + 'static)| {
+                Attempt {
+                    step,
+                    path,
+                    ring_size,
+                }
+                .explain(error)
+            }
+        };
+        let mut ebpf = EbpfLoader::new()
+            .override_global(OFFSETS, offsets.as_bytes(), true)
+            .override_global(SWITCHES, switches.as_bytes(), true)
+            .map_max_entries("RING", ring_size)
+            .load(OBJECT)
+            .map_err(|error| failed("create the maps")(&error))?;
+        attach(&mut ebpf, path).map_err(|error| failed("attach the program")(&error))?;
+        let ring = take(&mut ebpf, "RING").map_err(|error| failed("map the ring")(&error))?;
+        let counters =
+            take(&mut ebpf, "COUNTERS").map_err(|error| failed("open the counters")(&error))?;
+        give_back_memory();
+        Ok(Self {
+            path,
+            ring,
+            counters,
+            ebpf,
+        })
+    }
+
+    #[must_use]
+    pub const fn path(&self) -> Path {
+        self.path
+    }
+
+    /// Whether each event carries the kernel's socket cookie (but for an accepted child's first one up to 6.12); else
+    /// it is 0, or comes and goes as other programs ask the kernel for it, and is no identity.
+    #[must_use]
+    pub const fn cookies(&self) -> bool {
+        matches!(self.path, Path::TpBtf)
+    }
+
+    /// Hands the waiting records to `sink`, at most `budget` of them.
+    pub fn drain(
+        &mut self,
+        sink: impl FnMut(Result<SetState, BadRecord>),
+        budget: usize,
+    ) -> Drained {
+        ring::drain(&mut self.ring, sink, budget)
+    }
+
+    /// # Errors
+    /// Where the kernel does not give them.
+    pub fn counters(&self) -> io::Result<Counters> {
+        info::counters(&self.counters)
+    }
+
+    /// Transitions that the kernel did not show the program, since it was running already on that CPU; `None` where
+    /// the kernel does not count them (before 5.12).
+    ///
+    /// # Errors
+    /// Where the kernel does not give them.
+    pub fn recursion_misses(&self) -> io::Result<Option<u64>> {
+        Ok(self.prog_info()?.recursion_misses())
+    }
+
+    /// Time spent in the program; `None` where the kernel's BPF statistics are off.
+    ///
+    /// # Errors
+    /// Where the kernel does not give them.
+    pub fn run_stats(&self) -> io::Result<Option<RunStats>> {
+        if !info::stats_enabled() {
+            return Ok(None);
+        }
+        let ProgInfo {
+            run_time_ns,
+            run_count,
+            ..
+        } = self.prog_info()?;
+        Ok(Some(RunStats {
+            program: self.path.program(),
+            run_time_ns,
+            run_count,
+        }))
+    }
+
+    fn prog_info(&self) -> io::Result<ProgInfo> {
+        let program = self
+            .ebpf
+            .program(self.path.program())
+            .ok_or(io::ErrorKind::NotFound)?;
+        ProgInfo::of(program.fd().map_err(io::Error::other)?.as_fd())
+    }
+}
+
+/// The ring's: readable when the kernel woke the reader.
+impl AsRawFd for Session {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+}
+
+fn attach(ebpf: &mut Ebpf, path: Path) -> Result<(), EbpfError> {
+    let program = ebpf
+        .program_mut(path.program())
+        .ok_or(ProgramError::UnexpectedProgramType)?;
+    match path {
+        Path::TpBtf | Path::TpBtfNoCookie => {
+            let program: &mut BtfTracePoint = program.try_into()?;
+            program.load(tracepoint::NAME, &Btf::from_sys_fs()?)?;
+            program.attach()?;
+        }
+        Path::Tracepoint => {
+            let program: &mut TracePoint = program.try_into()?;
+            program.load()?;
+            program.attach(tracepoint::CATEGORY, tracepoint::NAME)?;
+        }
+    }
+    Ok(())
+}
+
+fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Result<M, MapError> {
+    let map = ebpf.take_map(name).ok_or_else(|| MapError::InvalidName {
+        name: name.to_owned(),
+    })?;
+    M::try_from(map)
+}
+
+/// Returns to the system what parsing BTF took; musl does so by itself.
+fn give_back_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: takes no pointer, and locks what it works on.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
