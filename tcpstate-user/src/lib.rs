@@ -3,6 +3,8 @@
 //! Arrows only point down: `run, cli → export, kernel, owner → table, stats → model, filter →
 //! tcpstate-common`; `cargo xtask check` holds the rule.
 
+pub mod cli;
+pub mod config;
 pub mod export;
 pub mod filter;
 pub mod kernel;

@@ -210,11 +210,11 @@ fn a_query_says_what_is_wrong_with_it() {
     assert_eq!(bare.filter, filter("-4 -s estab,listen"));
 }
 
-fn values<T: std::fmt::Debug + 'static>(
+fn values<T>(
     text: impl Strategy<Value = String> + 'static,
 ) -> impl Strategy<Value = Vec<T>>
 where
-    T: FromStr<Err = ValueError>,
+    T: FromStr<Err = ValueError> + std::fmt::Debug + 'static,
 {
     let value = text.prop_filter_map("no such value", |text| text.parse().ok());
     prop::collection::vec(value, 0..3)

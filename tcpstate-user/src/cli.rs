@@ -1,0 +1,237 @@
+//! The command line: what can be asked for, and how it is explained. Filters and the daemon's settings are declared
+//! where they belong, in `filter` and `config`.
+//!
+//! Whatever is wrong with the arguments ends here, with status 2.
+
+use std::num::NonZeroU64;
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigError, DaemonConfig, Interval, RingSize, Settings};
+use crate::export::Format;
+use crate::filter::{Filter, Netns, ValueError};
+use crate::model::named;
+
+/// Version and, where the build knew it, the revision.
+static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("TCPSTATE_REVISION") {
+    Some(revision) => format!("{} ({revision})", env!("CARGO_PKG_VERSION")),
+    None => env!("CARGO_PKG_VERSION").to_owned(),
+});
+
+/// Follows the TCP state transitions of this host, straight from the kernel
+#[derive(Parser, Debug)]
+#[command(
+    name = "tcpstate",
+    version = VERSION.as_str(),
+    propagate_version = true,
+    disable_help_subcommand = true,
+    subcommand_required = true,
+    arg_required_else_help = false,
+    max_term_width = 100,
+    after_help = "\
+Where `ss` shows the states of one moment, tcpstate shows each change as it happens: how long the \
+socket had been in the state that it left, which process holds it, and why the connection ended.
+
+Examples:
+  sudo tcpstate watch                        every transition of the host
+  sudo tcpstate watch -s close-wait -L 443   what enters and leaves CLOSE_WAIT on port 443
+  sudo tcpstate daemon                       metrics at http://127.0.0.1:10975/metrics
+
+`tcpstate watch --help` and `tcpstate daemon --help` say more."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    Watch(Box<Watch>),
+    Daemon(Box<Daemon>),
+}
+
+/// Follow transitions as they happen
+#[derive(Args, Debug)]
+#[command(
+    display_name = "tcpstate",
+    after_help = "\
+Reads from the daemon's socket where a daemon runs. Else it traces by itself: that takes root, or the \
+capabilities CAP_BPF and CAP_PERFMON, and CAP_SYS_ADMIN for network namespaces other than its own.
+
+Examples:
+  tcpstate watch --to established --role passive   connections that arrive
+  tcpstate watch -s syn-sent -D 5432               connects to PostgreSQL
+  tcpstate watch --from close-wait --min-dwell 1m  sockets that were closed late
+  tcpstate watch --comm 'php-fpm*' -o wide         all about the sockets of php-fpm
+  tcpstate watch -o json -d 10s | jq .end          why connections ended, for ten seconds
+  tcpstate watch -a 10.0.0.0/8 -c 100 -o csv       the next hundred, for a spreadsheet"
+)]
+pub struct Watch {
+    /// How to show each transition: text, wide, json or csv
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Format,
+
+    /// End after N transitions
+    #[arg(short, long, value_name = "N", value_parser = count)]
+    pub count: Option<NonZeroU64>,
+
+    /// End after this time, such as 10s
+    #[arg(short, long, value_name = "DURATION")]
+    duration: Option<Interval>,
+
+    /// The kernel's own transitions, nothing inferred
+    #[arg(long)]
+    pub raw: bool,
+
+    /// Show UTC, not local time (json and csv always do)
+    #[arg(long)]
+    pub utc: bool,
+
+    /// Don't say when tracing begins; losses are always told
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// Accepted as by other tools: addresses and ports are always numeric
+    #[arg(short = 'n')]
+    _numeric: bool,
+
+    /// Network namespaces to watch: all of the host, this one, or one by its inode
+    #[arg(long, value_name = "all|self|INODE", default_value = "all")]
+    pub netns: Netns,
+
+    /// Trace by itself, also where a daemon runs
+    #[arg(long, conflicts_with = "socket")]
+    pub direct: bool,
+
+    /// Read from the daemon that serves this socket, and nothing else
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+
+    #[arg(long, hide = true)]
+    ring_size: Option<RingSize>,
+
+    #[arg(long, hide = true)]
+    pub attach: Option<Attach>,
+
+    #[command(
+        flatten,
+        next_help_heading = "Filters (values of one are alternatives, different ones must all hold)"
+    )]
+    pub filter: Filter,
+}
+
+fn count(text: &str) -> Result<NonZeroU64, ValueError> {
+    let refused = |_| {
+        ValueError(format!(
+            "`{}` is no count; expected 1 or more",
+            text.escape_debug()
+        ))
+    };
+    text.parse().map_err(refused)
+}
+
+impl Watch {
+    #[must_use]
+    pub fn duration(&self) -> Option<Duration> {
+        self.duration.map(|Interval(duration)| duration)
+    }
+
+    /// In bytes.
+    #[must_use]
+    pub fn ring_size(&self) -> u64 {
+        let RingSize(bytes) = self.ring_size.unwrap_or_default();
+        bytes
+    }
+}
+
+/// Trace, count, and serve metrics for Prometheus
+#[derive(Args, Debug)]
+#[command(
+    display_name = "tcpstate",
+    after_help = "\
+Serves the metrics over HTTP, and on its Unix socket also the stream that `tcpstate watch` reads. \
+Takes root, or the capabilities CAP_BPF and CAP_PERFMON, and CAP_SYS_ADMIN for network namespaces other \
+than its own.
+
+Examples:
+  tcpstate daemon                                  metrics at http://127.0.0.1:10975/metrics
+  tcpstate daemon --web.listen-address :10975      … on every address
+  tcpstate daemon --config /etc/tcpstate.toml      settings from a file
+
+In the file, keys are named like the flags:
+  web.listen-address = [\"127.0.0.1:10975\", \"[::1]:10975\"]
+  ring-size = \"8MiB\""
+)]
+pub struct Daemon {
+    /// TOML file with settings named like these flags, which win over it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    #[arg(long, hide = true)]
+    pub attach: Option<Attach>,
+
+    #[command(flatten)]
+    settings: Settings,
+}
+
+impl Daemon {
+    /// The flags, then the file that they name, then the defaults.
+    ///
+    /// # Errors
+    /// The file can't be read, or holds what is no setting: bad usage, like a bad flag.
+    pub fn config(&self) -> anyhow::Result<DaemonConfig> {
+        let settings = self.settings.clone();
+        Ok(match &self.config {
+            Some(path) => settings.or(read(path)?).with_defaults(),
+            None => settings.with_defaults(),
+        })
+    }
+}
+
+fn read(path: &Path) -> anyhow::Result<Settings> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("config file {} can't be read", path.display()))?;
+    Settings::from_toml(&text)
+        .map_err(|error: ConfigError| anyhow::anyhow!("config file {}: {error}", path.display()))
+}
+
+named! {
+    /// How to attach to the kernel; for tests of what an older kernel would make necessary.
+    pub enum Attach ("way to attach") {
+        TpBtf = "tp_btf",
+        TpBtfNoCookie = "tp_btf_no_cookie",
+        Tracepoint = "tracepoint",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_declaration_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_given_arrives() {
+        let args = "tcpstate watch -o wide -c 3 -d 1.5s --raw -n --utc -q --netns self --direct -s estab \
+                    --ring-size 64KiB --attach tracepoint";
+        let Command::Watch(watch) = Cli::parse_from(args.split_whitespace()).command else {
+            panic!("not watch");
+        };
+        assert_eq!(watch.output, Format::Wide);
+        assert_eq!(watch.count.map(NonZeroU64::get), Some(3));
+        assert_eq!(watch.duration(), Some(Duration::from_millis(1500)));
+        assert!(watch.raw && watch.utc && watch.quiet && watch.direct);
+        assert_eq!(watch.netns, Netns::Own);
+        assert_eq!(watch.ring_size(), 65536);
+        assert_eq!(watch.attach, Some(Attach::Tracepoint));
+    }
+}
