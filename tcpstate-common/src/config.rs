@@ -28,9 +28,8 @@ pub struct Offsets {
     pub sk_uid: u32,
     pub sk_protocol: u32,
     pub sk_shutdown: u32,
-    /// In `struct inet_sock`.
+    /// In `struct tcp_sock`, with the `struct inet_sock` in it.
     pub inet_sport: u32,
-    /// In `struct tcp_sock`.
     pub tcp_linger2: u32,
     /// In `struct net`: `ns.inum`.
     pub net_inum: u32,

@@ -1,63 +1,64 @@
-//! The only user of the ring and of the counters: count, reserve, fill, submit; or count the loss.
+//! The only user of the ring and the counters: count, reserve, fill, submit; or count the loss.
 
 use core::arch::asm;
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use tcpstate_common::{
     SetState,
-    counters::{RING_FULL, transition_slot},
+    counters::{SLOTS, transition_slot},
 };
 
-use crate::maps::{COUNTERS, RING, switch};
+use crate::maps::{COUNTERS, LOST, RING, switch};
 
 /// How often a transition of the same kind on the same CPU looks whether the reader is to be woken.
 const LOOK_EACH: u64 = 32;
 
-/// Counts the transition, and sends the record that `fill` makes; where the ring is full, counts the loss.
+/// Counts the transition, and sends the record that `fill` makes of the loss count; where the ring is full, counts the
+/// loss.
 #[inline(always)]
-pub fn emit(from: u32, to: u32, fill: impl FnOnce() -> SetState) {
-    let Some(counters) = COUNTERS.get_ptr_mut(0) else {
-        return; // Element 0 of an array of one is there: this is for the verifier.
-    };
-    let count = add_one(counters.cast(), bounded(transition_slot(from, to)));
-    let Some(mut entry) = RING.reserve::<SetState>(0) else {
-        add_one(counters.cast(), RING_FULL);
+pub fn emit(from: u32, to: u32, fill: impl FnOnce(u32) -> SetState) {
+    // Element 0 of an array is always there; to ask is for the verifier.
+    let (Some(counters), Some(lost)) = (COUNTERS.get_ptr_mut(0), LOST.get_ptr_mut(0)) else {
         return;
     };
-    entry.write(fill());
+    // SAFETY: the slot is below SLOTS, the number of u64 behind the pointer.
+    let slot = unsafe {
+        counters
+            .cast::<u64>()
+            .add(bounded(transition_slot(from, to)))
+    };
+    add_one(slot);
+    let Some(mut entry) = RING.reserve::<SetState>(0) else {
+        add_one(lost);
+        return;
+    };
+    // SAFETY: both lie in map elements, which live as long as the program.
+    let (count, lost) = unsafe { (slot.read(), lost.read()) };
+    entry.write(fill(lost as u32));
     entry.submit(wake_up(count));
 }
 
-/// The slot of a transition, once more cut to its bound: the compiler, which knows the bound, checks it in a way that the
-/// verifier can't follow, and would leave out a check in Rust.
+/// Cuts the slot of a transition to its bound once more: the compiler knows the bound, by a check that the verifier
+/// can't follow, and would leave out another one in Rust.
 #[inline(always)]
 fn bounded(slot: usize) -> usize {
+    const { assert!(SLOTS.is_power_of_two()) };
     let mut slot = slot;
     // SAFETY: an `and` on a register.
     unsafe {
-        asm!("{slot} &= {mask}", slot = inout(reg) slot, mask = const RING_FULL - 1, options(pure, nomem, nostack))
-    };
+        asm!("{slot} &= {mask}", slot = inout(reg) slot, mask = const SLOTS - 1, options(pure, nomem, nostack));
+    }
     slot
 }
 
-const _: () = assert!(
-    RING_FULL.is_power_of_two(),
-    "the transitions' slots are those below it"
-);
-
-/// Adds 1 to this CPU's slot and returns about what it is now.
-///
-/// Atomic, since before 6.1 nothing keeps an interrupt's transition out of the middle of this one (later, the kernel
-/// skips it and counts a miss).
+/// Atomic also for what is this CPU's own: before 6.1 nothing keeps an interrupt's transition out of the middle of this
+/// one (later the kernel skips it, and counts a miss).
 #[inline(always)]
-fn add_one(counters: *mut u64, slot: usize) -> u64 {
-    // SAFETY: `slot` is below SLOTS, the number of u64 behind `counters`: each caller passes one that
-    // `tcpstate_common::counters` names.
+fn add_one(counter: *mut u64) {
+    // SAFETY: both callers pass a u64 in a map element, changed by this instruction only. `core` offers it for this
+    // target neither in `AtomicU64` nor as an intrinsic without the old value, which would be 5.12's.
     unsafe {
-        let slot = counters.add(slot);
-        // BPF's `lock` addition, which core offers for this target neither in `AtomicU64` nor as a stable intrinsic.
-        asm!("lock *(u64 *)({slot} + 0) += {one}", slot = in(reg) slot, one = in(reg) 1u64, options(nostack));
-        slot.read()
+        asm!("lock *(u64 *)({counter} + 0) += {one}", counter = in(reg) counter, one = in(reg) 1u64, options(nostack));
     }
 }
 

@@ -3,20 +3,24 @@
 
 use aya_ebpf::{
     macros::map,
-    maps::{PerCpuArray, RingBuf},
+    maps::{Array, PerCpuArray, RingBuf},
 };
 use tcpstate_common::{
     config::{Offsets, Switches},
     counters::SLOTS,
 };
 
-/// Records, [`crate::emit`] to the user side's drain. Full: the record is lost, and counted.
+/// Records, [`crate::emit`] to the user side's drain. Full: the record is lost, and [`LOST`] counts it.
 ///
 /// The loader sets the size; the one here is only the smallest that the kernel takes.
 #[map]
 pub static RING: RingBuf = RingBuf::with_byte_size(4096, 0);
 
-/// Totals by CPU, written by [`crate::emit`], read and summed by the user side; never full.
+/// Lost records, one element: written by [`crate::emit`], read by it into each record and by the user side.
+#[map]
+pub static LOST: Array<u64> = Array::with_max_entries(1, 0);
+
+/// Transitions by CPU, written by [`crate::emit`], read and summed by the user side; never full.
 ///
 /// All slots are one element, so that an event costs one lookup and a reader one system call.
 #[map]

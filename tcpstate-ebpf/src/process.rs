@@ -26,8 +26,8 @@ pub struct Process {
     /// 0 where it can't be read.
     pub start_ns: u64,
     pub cgroup_id: u64,
-    /// Empty where it can't be read.
-    pub comm: [u8; COMM_LEN],
+    /// Empty where it can't be read. In words: of bytes, LLVM would clear one after the other.
+    pub comm: [u64; COMM_LEN / 8],
 }
 
 /// Whether nothing but a call (connect, listen, shutdown, close, exit) makes this transition.
@@ -110,7 +110,7 @@ impl Process {
         tgid: 0,
         start_ns: 0,
         cgroup_id: 0,
-        comm: [0; COMM_LEN],
+        comm: [0; COMM_LEN / 8],
     };
 
     /// The current one; `None` for a kernel thread.
@@ -130,12 +130,11 @@ impl Process {
             return None;
         }
         let leader: *const u8 = load!(task, task_group_leader);
-        let comm: [u64; 2] = load!(leader, task_comm);
         Some(Self {
             tgid: load!(task, task_tgid),
             start_ns: load!(leader, task_start_boottime),
             cgroup_id: current_cgroup_id(),
-            comm: zerocopy::transmute!(comm),
+            comm: load!(leader, task_comm),
         })
     }
 
@@ -146,9 +145,9 @@ impl Process {
         let pid_tgid = bpf_get_current_pid_tgid();
         let (tgid, pid) = ((pid_tgid >> 32) as u32, pid_tgid as u32);
         let comm = if tgid == pid {
-            bpf_get_current_comm().unwrap_or_default()
+            zerocopy::transmute!(bpf_get_current_comm().unwrap_or_default())
         } else {
-            Default::default()
+            [0; COMM_LEN / 8]
         };
         Self {
             tgid,

@@ -69,8 +69,8 @@ fn typed<R: ReadTask>(ctx: &BtfTracePointContext, cookie: impl FnOnce(Sock) -> u
     }
     log!(ctx, from, to);
 
-    emit(from, to, || {
-        let [from, to] = [from as u16, to as u16];
+    emit(from, to, |lost| {
+        let [from, to] = [from as u8, to as u8];
         let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
         let (family, sk_err, shutdown, flags) = (sk.family(), sk.err(), sk.shutdown(), sk.flags());
         let caller = if by_call_on(old, new, sk_err, shutdown, flags.dead()) {
@@ -102,19 +102,19 @@ fn typed<R: ReadTask>(ctx: &BtfTracePointContext, cookie: impl FnOnce(Sock) -> u
             linger2,
             local_addr: sk.local_addr(family),
             remote_addr: sk.remote_addr(family),
-            comm: process.comm,
+            comm: zerocopy::transmute!(process.comm),
             local_port,
             remote_port: sk.remote_port(),
             family,
+            sk_err,
+            lost,
             from,
             to,
-            sk_err,
             shutdown,
             flags: FLAG_SOCKET_READ
                 | task
                 | if flags.dead() { FLAG_DEAD } else { 0 }
                 | if flags.done() { FLAG_DONE } else { 0 },
-            pad: [0; 2],
         }
     });
 }
@@ -135,8 +135,8 @@ fn classic(ctx: &TracePointContext) {
     let (from, to) = (field!(oldstate) as u32, field!(newstate) as u32);
     log!(ctx, from, to);
 
-    emit(from, to, || {
-        let [from, to] = [from as u16, to as u16];
+    emit(from, to, |lost| {
+        let [from, to] = [from as u8, to as u8];
         let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
         let (task, process) = if by_call(old, new) {
             (FLAG_TASK, Process::current_without_btf())
@@ -155,7 +155,7 @@ fn classic(ctx: &TracePointContext) {
             linger2: 0,
             local_addr: zerocopy::transmute!([field!(saddr_v6[0]), field!(saddr_v6[1])]),
             remote_addr: zerocopy::transmute!([field!(daddr_v6[0]), field!(daddr_v6[1])]),
-            comm: process.comm,
+            comm: zerocopy::transmute!(process.comm),
             // A reused socket still shows its old port here, and nothing tells it from a new one.
             local_port: if new == TcpState::SYN_SENT {
                 0
@@ -164,12 +164,12 @@ fn classic(ctx: &TracePointContext) {
             },
             remote_port: field!(dport),
             family: field!(family),
+            sk_err: 0,
+            lost,
             from,
             to,
-            sk_err: 0,
             shutdown: 0,
             flags: task,
-            pad: [0; 2],
         }
     });
 }

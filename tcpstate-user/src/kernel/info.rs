@@ -6,8 +6,8 @@ use std::{
     os::fd::{AsRawFd as _, BorrowedFd},
 };
 
-use aya::maps::{MapData, PerCpuArray};
-use tcpstate_common::counters::{RING_FULL, SLOTS, STATES, transition_slot};
+use aya::maps::{Array, MapData, MapError, PerCpuArray};
+use tcpstate_common::counters::{SLOTS, STATES, transition_slot};
 use zerocopy::{FromZeros, IntoBytes};
 
 /// All slots of one CPU.
@@ -22,27 +22,26 @@ pub struct Counters {
     pub ring_full: u64,
 }
 
-impl Counters {
-    fn sum<'a>(blocks: impl IntoIterator<Item = &'a Block>) -> Self {
-        let mut sum = Self {
-            transitions: [[0; STATES]; STATES],
-            ring_full: 0,
-        };
-        for block in blocks {
-            for (from, row) in sum.transitions.iter_mut().enumerate() {
-                for (to, cell) in row.iter_mut().enumerate() {
-                    *cell += block[transition_slot(from as u32, to as u32)];
-                }
-            }
-            sum.ring_full += block[RING_FULL];
-        }
-        sum
-    }
+pub(super) fn counters(
+    transitions: &PerCpuArray<MapData, Block>,
+    lost: &Array<MapData, u64>,
+) -> Result<Counters, MapError> {
+    Ok(Counters {
+        transitions: sum(transitions.get(&0, 0)?.iter()),
+        ring_full: lost.get(&0, 0)?,
+    })
 }
 
-pub(super) fn counters(map: &PerCpuArray<MapData, Block>) -> io::Result<Counters> {
-    let blocks = map.get(&0, 0).map_err(io::Error::other)?;
-    Ok(Counters::sum(blocks.iter()))
+fn sum<'a>(cpus: impl Iterator<Item = &'a Block>) -> [[u64; STATES]; STATES] {
+    let mut sum = [[0; STATES]; STATES];
+    for block in cpus {
+        for (from, row) in (0..).zip(&mut sum) {
+            for (to, cell) in (0..).zip(row) {
+                *cell += block[transition_slot(from, to)];
+            }
+        }
+    }
+    sum
 }
 
 /// What the kernel measured of a program, while its BPF statistics were on.

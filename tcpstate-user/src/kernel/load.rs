@@ -9,12 +9,13 @@ use std::{
 
 use aya::{
     Btf, Ebpf, EbpfError, EbpfLoader,
-    maps::{Map, MapData, MapError, PerCpuArray, RingBuf},
+    maps::{Array, Map, MapData, MapError, PerCpuArray, RingBuf},
     programs::{BtfTracePoint, ProgramError, TracePoint},
 };
 use tcpstate_common::{
     SetState,
     config::{OFFSETS, Offsets, SWITCHES, Switches},
+    counters::LOST,
     event::BadRecord,
 };
 use zerocopy::IntoBytes as _;
@@ -104,7 +105,8 @@ pub struct Options {
 pub struct Session {
     path: Path,
     ring: RingBuf<MapData>,
-    counters: PerCpuArray<MapData, Block>,
+    transitions: PerCpuArray<MapData, Block>,
+    lost: Array<MapData, u64>,
     /// The program and its link.
     ebpf: Ebpf,
 }
@@ -175,13 +177,15 @@ impl Session {
             .map_err(|error| failed("create the maps")(&error))?;
         attach(&mut ebpf, path).map_err(|error| failed("attach the program")(&error))?;
         let ring = take(&mut ebpf, "RING").map_err(|error| failed("map the ring")(&error))?;
-        let counters =
-            take(&mut ebpf, "COUNTERS").map_err(|error| failed("open the counters")(&error))?;
+        let opened = |error: MapError| failed("open the counters")(&error);
+        let transitions = take(&mut ebpf, "COUNTERS").map_err(opened)?;
+        let lost = take(&mut ebpf, LOST).map_err(opened)?;
         give_back_memory();
         Ok(Self {
             path,
             ring,
-            counters,
+            transitions,
+            lost,
             ebpf,
         })
     }
@@ -210,7 +214,7 @@ impl Session {
     /// # Errors
     /// Where the kernel does not give them.
     pub fn counters(&self) -> io::Result<Counters> {
-        info::counters(&self.counters)
+        info::counters(&self.transitions, &self.lost).map_err(io::Error::other)
     }
 
     /// Transitions that the kernel did not show the program, since it was running already on that CPU; `None` where
