@@ -10,5 +10,6 @@ pub mod filter;
 pub mod kernel;
 pub mod model;
 pub mod owner;
+pub mod run;
 pub mod stats;
 pub mod table;

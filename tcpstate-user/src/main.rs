@@ -1,19 +1,10 @@
-//! Parses, runs, prints the error chain, ends with the status.
+//! The `tcpstate` command: parses, runs, and ends with the status.
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use tcpstate_user::cli::{Cli, Command};
+use tcpstate_user::cli::Cli;
 
 fn main() -> ExitCode {
-    match Cli::parse().command {
-        Command::Watch(_) => ExitCode::SUCCESS,
-        Command::Daemon(daemon) => match daemon.config() {
-            Ok(_) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("error: {error:#}");
-                ExitCode::from(2)
-            }
-        },
-    }
+    tcpstate_user::run::run(Cli::parse())
 }

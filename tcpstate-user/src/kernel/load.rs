@@ -217,6 +217,14 @@ impl Session {
         info::counters(&self.transitions, &self.lost).map_err(io::Error::other)
     }
 
+    /// Records for which the ring had no room; cheaper than all counters.
+    ///
+    /// # Errors
+    /// Where the kernel does not give it.
+    pub fn lost(&self) -> io::Result<u64> {
+        self.lost.get(&0, 0).map_err(io::Error::other)
+    }
+
     /// Transitions that the kernel did not show the program, since it was running already on that CPU; `None` where
     /// the kernel does not count them (before 5.12).
     ///

@@ -1,0 +1,589 @@
+//! The thread that drains the ring and owns the table and the statistics.
+//!
+//! Everything else asks it by message and gets immutable answers. Nothing here waits but for the ring, its own
+//! tick and messages: at 240,000 events a second the default ring holds 150 ms.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::time::{ClockId, clock_gettime};
+use tcpstate_common::SetState;
+use tcpstate_common::event::FLAG_TASK;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::MissedTickBehavior;
+
+use super::streams::{Batch, Streams};
+use crate::filter::Subscription;
+use crate::kernel::snapshot::{self, SnapshotError};
+use crate::kernel::{Counters, Drained, Path, Session};
+use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
+use crate::model::{Loss, LossReason, NetnsSelection, TcpState};
+use crate::owner::Containers;
+use crate::stats::Stats;
+use crate::table::{Identity, STORE_NS, Snapshot, StateMask, Table};
+
+/// How long an event may lie in the ring that has not filled to where the kernel wakes us.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Records taken before messages get their turn: some milliseconds' work.
+const BUDGET: usize = 8192;
+
+const SECOND_NS: u64 = 1_000_000_000;
+
+/// How old the count of what no event follows may be at a scrape.
+const MINI_AGE_NS: u64 = SECOND_NS;
+
+/// How long a scrape waits for a dump before it gets what there is.
+const SCRAPE_WAIT_NS: u64 = 2 * SECOND_NS;
+
+/// What no event follows to its end: timewait sockets and half-open requests.
+const MINI_STATES: StateMask = StateMask::of(&[
+    TcpState::TIME_WAIT,
+    TcpState::FIN_WAIT2,
+    TcpState::NEW_SYN_RECV,
+]);
+
+pub struct Options {
+    pub netns: NetnsSelection,
+    pub reconcile_interval: Duration,
+    pub max_comms: usize,
+}
+
+/// Handle of the running tracer; clones ask the same one. When all are gone, it ends.
+#[derive(Clone)]
+pub struct Tracer {
+    commands: mpsc::UnboundedSender<Command>,
+    ready: Arc<AtomicBool>,
+    netns: NetnsSelection,
+}
+
+enum Command {
+    View(oneshot::Sender<Arc<View>>),
+    Subscribe(Subscription, oneshot::Sender<mpsc::Receiver<Batch>>),
+    Dumped(Dump, Result<Snapshot, SnapshotError>),
+    Stop,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Dump {
+    /// Every state.
+    Full,
+    /// [`MINI_STATES`].
+    Mini,
+}
+
+/// The tracer has ended.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the tracer has stopped")]
+pub struct Stopped;
+
+impl Tracer {
+    /// Starts the thread; `session` is attached already. The first snapshot begins at once.
+    ///
+    /// # Errors
+    /// No thread, or the ring can't be polled.
+    pub fn start(session: Session, options: Options) -> io::Result<(Self, JoinHandle<()>)> {
+        let (commands, inbox) = mpsc::unbounded_channel();
+        let tracer = Self {
+            commands: commands.clone(),
+            ready: Arc::default(),
+            netns: options.netns,
+        };
+        let state = State::new(&session, options, commands.downgrade(), &tracer.ready);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()?;
+        let thread = thread::Builder::new()
+            .name("tracer".to_owned())
+            .spawn(move || {
+                if let Err(error) = runtime.block_on(state.run(session, inbox)) {
+                    tracing::error!("can't read the ring: {error}");
+                }
+            })?;
+        Ok((tracer, thread))
+    }
+
+    /// What it covers.
+    #[must_use]
+    pub const fn netns(&self) -> NetnsSelection {
+        self.netns
+    }
+
+    /// The first snapshot is merged.
+    #[must_use]
+    pub fn ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    /// What has been counted up to now.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub async fn view(&self) -> Result<Arc<View>, Stopped> {
+        let (reply, view) = oneshot::channel();
+        self.commands
+            .send(Command::View(reply))
+            .map_err(|_| Stopped)?;
+        view.await.map_err(|_| Stopped)
+    }
+
+    /// A stream of what happens from now on. Who does not keep up loses lines, and is told how many.
+    ///
+    /// # Errors
+    /// [`Stopped`].
+    pub async fn subscribe(
+        &self,
+        subscription: Subscription,
+    ) -> Result<mpsc::Receiver<Batch>, Stopped> {
+        let (reply, stream) = oneshot::channel();
+        self.commands
+            .send(Command::Subscribe(subscription, reply))
+            .map_err(|_| Stopped)?;
+        stream.await.map_err(|_| Stopped)
+    }
+
+    /// Ends it after what is in the ring now; streams end behind their last line.
+    pub fn stop(&self) {
+        // It may have ended by itself.
+        let _ = self.commands.send(Command::Stop);
+    }
+}
+
+struct State {
+    netns: NetnsSelection,
+    table: Table,
+    stats: Stats,
+    streams: Streams,
+    containers: Containers,
+    health: Health,
+    ready: Arc<AtomicBool>,
+    commands: mpsc::WeakUnboundedSender<Command>,
+    /// Scrapes that wait for a dump, and since when.
+    waiting: Vec<(u64, oneshot::Sender<Arc<View>>)>,
+    dump: Option<Dump>,
+    dumped_ns: u64,
+    next_full_ns: u64,
+    reconcile_interval_ns: u64,
+    unreachable: usize,
+    /// As the newest record had it, or the map.
+    lost: u32,
+    recursion_misses: u64,
+    newest_ns: u64,
+    checked_ns: u64,
+    boot_to_unix_ns: i64,
+    /// The last drain stopped at its budget.
+    more: bool,
+}
+
+impl State {
+    fn new(
+        session: &Session,
+        options: Options,
+        commands: mpsc::WeakUnboundedSender<Command>,
+        ready: &Arc<AtomicBool>,
+    ) -> Self {
+        let identity = if session.cookies() {
+            Identity::Cookie
+        } else {
+            Identity::Address
+        };
+        let features = vec![
+            (Feature::TpBtf, session.path() != Path::Tracepoint),
+            (Feature::SocketCookie, session.cookies()),
+        ];
+        Self {
+            netns: options.netns,
+            table: Table::new(identity),
+            stats: Stats::new(options.max_comms),
+            streams: Streams::default(),
+            containers: Containers::default(),
+            health: Health {
+                features,
+                ..Health::default()
+            },
+            ready: Arc::clone(ready),
+            commands,
+            waiting: Vec::new(),
+            dump: None,
+            dumped_ns: 0,
+            next_full_ns: 0,
+            reconcile_interval_ns: u64::try_from(options.reconcile_interval.as_nanos())
+                .unwrap_or(u64::MAX),
+            unreachable: 0,
+            lost: 0,
+            recursion_misses: 0,
+            newest_ns: 0,
+            checked_ns: 0,
+            boot_to_unix_ns: boot_to_unix_ns(),
+            more: false,
+        }
+    }
+
+    async fn run(
+        mut self,
+        session: Session,
+        mut inbox: mpsc::UnboundedReceiver<Command>,
+    ) -> io::Result<()> {
+        // SAFETY: the descriptor is the ring map's, which the session owns and neither closes nor replaces while it
+        // lives; the AsyncFd owns the session.
+        let mut ring = unsafe { AsyncFd::register_with_interest(session, Interest::READABLE) }?;
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                command = inbox.recv() => match command {
+                    None | Some(Command::Stop) => break,
+                    Some(command) => self.command(command, ring.get_mut()),
+                },
+                () = std::future::ready(()), if self.more => self.drain(ring.get_mut()),
+                readable = ring.readable_mut() => {
+                    let mut guard = readable?;
+                    self.drain(guard.get_inner_mut());
+                    // Edge-triggered: cleared with records left, it would not come again.
+                    if !self.more {
+                        guard.clear_ready();
+                    }
+                }
+                _ = tick.tick() => {
+                    self.drain(ring.get_mut());
+                    self.tick(ring.get_mut());
+                }
+            }
+        }
+        self.drain_to(ring.get_mut(), now_ns());
+        self.check_losses(ring.get_ref());
+        self.streams.finish().await;
+        Ok(())
+    }
+
+    fn command(&mut self, command: Command, session: &mut Session) {
+        match command {
+            Command::Subscribe(subscription, reply) => {
+                // What happened before is not this reader's.
+                self.drain_to(session, now_ns());
+                let stream = self.streams.add(subscription);
+                // Who asked may be gone: the stream is dropped with its first line then.
+                let _ = reply.send(stream);
+            }
+            Command::View(reply) => self.scrape(reply, session),
+            Command::Dumped(dump, result) => self.dumped(dump, result, session),
+            Command::Stop => {}
+        }
+    }
+
+    /// Takes up to [`BUDGET`] records.
+    fn drain(&mut self, session: &mut Session) {
+        let drained = session.drain(|record| self.record(record), BUDGET);
+        self.more = drained == Drained::Budget;
+        self.streams.flush();
+    }
+
+    /// Takes what was in the ring at `until_ns`.
+    fn drain_to(&mut self, session: &mut Session, until_ns: u64) {
+        loop {
+            self.drain(session);
+            if !self.more || self.newest_ns > until_ns.saturating_add(STORE_NS) {
+                break;
+            }
+        }
+    }
+
+    fn record<E>(&mut self, record: Result<SetState, E>) {
+        let Ok(event) = record else {
+            self.lose(LossReason::Decode, 1, now_ns());
+            return;
+        };
+        let lost = event.lost.wrapping_sub(self.lost).cast_signed();
+        if lost > 0 {
+            self.lost = event.lost;
+            self.lose(
+                LossReason::RingFull,
+                lost.unsigned_abs().into(),
+                event.time_ns,
+            );
+        }
+        self.health.events_received += 1;
+        self.newest_ns = self.newest_ns.max(event.time_ns);
+        let container = if event.has(FLAG_TASK) {
+            self.containers
+                .container(event.tgid, event.start_ns, event.cgroup_id)
+        } else {
+            None
+        };
+        let Self {
+            table,
+            stats,
+            streams,
+            boot_to_unix_ns,
+            ..
+        } = self;
+        table.apply(&event, container.as_ref(), |change| {
+            stats.apply(change);
+            streams.push(change, *boot_to_unix_ns);
+        });
+    }
+
+    fn lose(&mut self, reason: LossReason, count: u64, time_ns: u64) {
+        self.table.events_lost(time_ns);
+        if let Some(index) = EVENT_LOSSES.iter().position(|&known| known == reason) {
+            self.health.events_lost[index] += count;
+        }
+        self.streams.lost(Loss {
+            time_ns: time_ns.saturating_add_signed(self.boot_to_unix_ns),
+            count,
+            reason,
+        });
+        // What the table missed, a dump repairs.
+        self.next_full_ns = self.next_full_ns.min(time_ns + SECOND_NS);
+    }
+
+    /// Losses that no later record has told of.
+    fn check_losses(&mut self, session: &Session) {
+        let now_ns = now_ns();
+        match session.lost() {
+            Ok(total) => {
+                let lost = (total as u32).wrapping_sub(self.lost).cast_signed();
+                if lost > 0 {
+                    self.lost = total as u32;
+                    self.lose(LossReason::RingFull, lost.unsigned_abs().into(), now_ns);
+                }
+            }
+            Err(error) => tracing::error!("can't read the kernel's count of losses: {error}"),
+        }
+        match session.recursion_misses() {
+            Ok(Some(total)) if total > self.recursion_misses => {
+                let count = total - self.recursion_misses;
+                self.recursion_misses = total;
+                self.lose(LossReason::Recursion, count, now_ns);
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!("can't read the program's missed runs: {error}"),
+        }
+    }
+
+    fn tick(&mut self, session: &mut Session) {
+        let now_ns = now_ns();
+        self.check_losses(session);
+        if now_ns >= self.checked_ns + SECOND_NS {
+            self.checked_ns = now_ns;
+            self.boot_to_unix_ns = boot_to_unix_ns();
+            let Self {
+                table,
+                stats,
+                streams,
+                boot_to_unix_ns,
+                ..
+            } = self;
+            table.flush_children(now_ns.saturating_sub(SECOND_NS), |change| {
+                stats.apply(change);
+                streams.push(change, *boot_to_unix_ns);
+            });
+            self.streams.flush();
+        }
+        if self.dump.is_none() && now_ns >= self.next_full_ns {
+            self.begin_dump(Dump::Full, now_ns);
+        }
+        if self
+            .waiting
+            .first()
+            .is_some_and(|(since, _)| now_ns >= since + SCRAPE_WAIT_NS)
+        {
+            self.answer(session);
+        }
+    }
+
+    fn scrape(&mut self, reply: oneshot::Sender<Arc<View>>, session: &mut Session) {
+        let now_ns = now_ns();
+        self.drain_to(session, now_ns);
+        self.waiting.push((now_ns, reply));
+        if !self.ready.load(Ordering::Relaxed) || now_ns < self.dumped_ns + MINI_AGE_NS {
+            self.answer(session);
+        } else if self.dump.is_none() {
+            self.begin_dump(Dump::Mini, now_ns);
+        }
+    }
+
+    /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
+    fn begin_dump(&mut self, dump: Dump, now_ns: u64) {
+        let Some(commands) = self.commands.upgrade() else {
+            return;
+        };
+        if dump == Dump::Full {
+            self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
+        }
+        let (netns, first) = (self.netns, !self.ready.load(Ordering::Relaxed));
+        let begun = thread::Builder::new()
+            .name("dump".to_owned())
+            .spawn(move || {
+                if first {
+                    // Of what came before the attachment nothing may be unstored.
+                    thread::sleep(Duration::from_nanos(STORE_NS));
+                }
+                let states = match dump {
+                    Dump::Full => StateMask::ALL,
+                    Dump::Mini => MINI_STATES,
+                };
+                let result = snapshot::take(netns, states);
+                // The tracer may have ended meanwhile.
+                let _ = commands.send(Command::Dumped(dump, result));
+            });
+        match begun {
+            Ok(_) => {
+                self.table.snapshot_begins();
+                self.dump = Some(dump);
+            }
+            Err(error) => self.dump_failed(&format!("can't start a thread: {error}"), now_ns),
+        }
+    }
+
+    fn dumped(
+        &mut self,
+        dump: Dump,
+        result: Result<Snapshot, SnapshotError>,
+        session: &mut Session,
+    ) {
+        self.dump = None;
+        let snapshot = match result {
+            Ok(snapshot) => snapshot,
+            Err(error) => {
+                self.dump_failed(&error.to_string(), now_ns());
+                self.answer(session);
+                return;
+            }
+        };
+        self.drain_to(session, snapshot.finished_ns);
+        self.check_losses(session);
+        let Self {
+            table,
+            stats,
+            streams,
+            boot_to_unix_ns,
+            ..
+        } = self;
+        table.reconcile(&snapshot, |change| {
+            stats.apply(change);
+            streams.push(change, *boot_to_unix_ns);
+        });
+        self.streams.flush();
+        self.dumped_ns = snapshot.finished_ns;
+        self.health.reconciles += 1;
+        self.health.last_reconcile_duration_ns =
+            Some(snapshot.finished_ns.saturating_sub(snapshot.started_ns));
+        self.health.last_reconcile_success_ns = Some(
+            snapshot
+                .finished_ns
+                .saturating_add_signed(self.boot_to_unix_ns),
+        );
+        if snapshot.unreachable.len() > self.unreachable {
+            for unreachable in &snapshot.unreachable {
+                let netns = unreachable
+                    .netns
+                    .map_or("?".to_owned(), |inode| inode.to_string());
+                tracing::warn!(
+                    "sockets of network namespace {netns} can't be listed: {}",
+                    unreachable.reason
+                );
+            }
+        }
+        self.unreachable = snapshot.unreachable.len();
+        if dump == Dump::Full {
+            self.ready.store(true, Ordering::Release);
+        }
+        self.answer(session);
+    }
+
+    fn dump_failed(&mut self, reason: &str, now_ns: u64) {
+        self.table.snapshot_failed();
+        self.health.reconcile_failures += 1;
+        if !self.ready.load(Ordering::Relaxed) {
+            // Without the first one there are no gauges.
+            self.next_full_ns = now_ns + SECOND_NS;
+        }
+        tracing::warn!("no snapshot of the sockets: {reason}");
+    }
+
+    /// Gives all that wait the same view.
+    fn answer(&mut self, session: &Session) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        let view = Arc::new(self.view(session));
+        for (_, reply) in self.waiting.drain(..) {
+            // Who asked may have given up.
+            let _ = reply.send(Arc::clone(&view));
+        }
+    }
+
+    fn view(&mut self, session: &Session) -> View {
+        self.check_losses(session);
+        let counted = self.ready.load(Ordering::Relaxed).then(|| {
+            let entries = self.table.len() as u64;
+            let corrections = self.table.corrections();
+            let counted: Counted = self.stats.counted(now_ns(), entries, corrections);
+            Arc::new(counted)
+        });
+        View {
+            health: Health {
+                stream_clients: self.streams.len() as u64,
+                stream_lines_dropped: self.streams.dropped(),
+                ..self.health.clone()
+            },
+            kernel: kernel_counted(session).unwrap_or_else(|error| {
+                tracing::error!("can't read the kernel's counters: {error}");
+                KernelCounted::default()
+            }),
+            counted,
+        }
+    }
+}
+
+fn kernel_counted(session: &Session) -> io::Result<KernelCounted> {
+    let runs = session
+        .run_stats()?
+        .map(|stats| (Program::SetState, stats.run_count, stats.run_time_ns));
+    Ok(KernelCounted {
+        transitions: transitions(&session.counters()?),
+        runs: runs.into_iter().collect(),
+    })
+}
+
+/// Those that happened.
+fn transitions(counters: &Counters) -> Vec<(Option<TcpState>, Option<TcpState>, u64)> {
+    let state = |number: usize| {
+        let state = TcpState::from_kernel(number as u8);
+        state.name().map(|_| state)
+    };
+    let rows = counters.transitions.iter().enumerate();
+    rows.flat_map(|(from, row)| {
+        let cells = row.iter().enumerate().filter(|(_, count)| **count > 0);
+        cells.map(move |(to, &count)| (state(from), state(to), count))
+    })
+    .collect()
+}
+
+/// Unix time, nanoseconds.
+pub fn unix_now_ns() -> u64 {
+    nanoseconds(ClockId::Realtime).unsigned_abs()
+}
+
+/// `CLOCK_BOOTTIME`, nanoseconds.
+fn now_ns() -> u64 {
+    nanoseconds(ClockId::Boottime).unsigned_abs()
+}
+
+/// What to add to `CLOCK_BOOTTIME` for Unix time; changes where somebody sets the clock.
+fn boot_to_unix_ns() -> i64 {
+    nanoseconds(ClockId::Realtime) - nanoseconds(ClockId::Boottime)
+}
+
+fn nanoseconds(clock: ClockId) -> i64 {
+    let time = clock_gettime(clock);
+    time.tv_sec * 1_000_000_000 + time.tv_nsec
+}
