@@ -374,7 +374,7 @@ fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket
         // SYN_SENT is entered by connect() only; SYN_RECV also by a simultaneous open.
         role: (from == TcpState::SYN_SENT).then_some(Role::Active),
         owner: None,
-        uid: None,
+        uid: uid(event),
         container: None,
         established: !matches!(
             from,
@@ -387,7 +387,7 @@ fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket
 fn update(socket: &mut Socket, event: &SetState) {
     let (from, to) = (event.from(), event.to());
     let (family, local, remote) = ends(event);
-    socket.uid = (event.uid != u32::MAX).then_some(event.uid);
+    socket.uid = uid(event);
     match (from, to) {
         (TcpState::CLOSE, TcpState::SYN_SENT) => {
             socket.role = Some(Role::Active);
@@ -455,6 +455,10 @@ fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
             endpoint(remote, event.remote_port)
         },
     )
+}
+
+fn uid(event: &SetState) -> Option<u32> {
+    (event.uid != u32::MAX).then_some(event.uid)
 }
 
 fn addr(bytes: [u8; 16]) -> IpAddr {

@@ -81,6 +81,7 @@ struct Seen {
     pid: Option<u32>,
     source: Option<OwnerSource>,
     role: Option<Role>,
+    uid: Option<u32>,
     time_ms: u64,
 }
 
@@ -97,6 +98,7 @@ impl Seen {
             pid: owner.map(|owner| owner.process.pid),
             source: owner.map(|owner| owner.source),
             role: change.socket.role,
+            uid: change.socket.uid,
             time_ms: change.time_ns / MS,
         }
     }
@@ -259,6 +261,7 @@ fn a_connect_that_is_closed_first_goes_to_time_wait() {
             pid: Some(42),
             source: Some(OwnerSource::Connect),
             role: Some(Role::Active),
+            uid: Some(1000),
             time_ms: 25,
         }
     );
@@ -319,6 +322,7 @@ fn an_accepted_socket_never_moves_its_listener() {
         assert_eq!((first.dwell, first.time_ms), (Dwell::None, 5));
         assert_eq!(second.dwell, Dwell::Seen(MS));
         for child in [first, second] {
+            assert_eq!(child.uid, Some(1000));
             assert_eq!(child.role, Some(Role::Passive));
             assert_eq!(child.source, Some(OwnerSource::Listener));
             assert_eq!(child.pid, Some(42));
