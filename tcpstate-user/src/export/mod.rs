@@ -5,6 +5,8 @@
 mod csv;
 mod json;
 mod parse;
+pub mod process;
+pub mod prometheus;
 mod text;
 mod time;
 
