@@ -135,7 +135,7 @@ fn advisories() -> Result<Outcome> {
             "the RustSec advisory database can't be fetched from here".to_owned(),
         ));
     }
-    passes(cargo_deny().args(["check", "--disable-fetch", "advisories"]))
+    passes(cargo_deny().args(["check", "advisories"]))
 }
 
 fn import_rule() -> Result<Outcome> {
