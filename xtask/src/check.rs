@@ -84,6 +84,7 @@ fn clippy() -> Result<Outcome> {
         "clippy",
         "--locked",
         "--all-targets",
+        "--all-features",
         "--",
         "--deny=warnings",
     ]))
@@ -97,6 +98,7 @@ fn clippy_ebpf() -> Result<Outcome> {
                 "clippy",
                 "--locked",
                 "--package=tcpstate-ebpf",
+                "--all-features",
                 "--target=bpfel-unknown-none",
                 "-Zbuild-std=core",
                 "--",
