@@ -20,6 +20,25 @@ pub fn release() -> Result<PathBuf> {
     Ok(host::target().join("release").join(PRODUCT))
 }
 
+/// Builds the product as one static file that also runs where there is no libc, and gives its path.
+pub fn static_release() -> Result<PathBuf> {
+    host::run(
+        "building a static tcpstate",
+        host::cargo().args([
+            "build",
+            "--release",
+            "--package",
+            "tcpstate-user",
+            "--target",
+            setup::MUSL,
+        ]),
+    )?;
+    Ok(host::target()
+        .join(setup::MUSL)
+        .join("release")
+        .join(PRODUCT))
+}
+
 /// A test program as cargo built it.
 pub struct TestBinary {
     pub name: String,

@@ -118,6 +118,16 @@ impl Index {
         command
     }
 
+    /// The names of the packages that the newest `package` depends on.
+    pub fn depends(&self, package: &str) -> Result<Vec<String>> {
+        let record =
+            host::output(
+                self.apt("apt-cache")
+                    .args(["show", "--no-all-versions", package]),
+            )?;
+        Ok(depends_of(&record))
+    }
+
     /// Downloads the newest `package` into `folder`.
     pub fn download(&self, package: &str, folder: &Path) -> Result<PathBuf> {
         fs::create_dir_all(folder)?;
@@ -135,6 +145,18 @@ impl Index {
             })
             .with_context(|| format!("apt-get left no {package} in {}", folder.display()))
     }
+}
+
+/// The names in the `Depends` field of a package's record; of alternatives, the first.
+fn depends_of(record: &str) -> Vec<String> {
+    record
+        .lines()
+        .find_map(|line| line.strip_prefix("Depends:"))
+        .unwrap_or_default()
+        .split(',')
+        .filter_map(|dependency| dependency.split_whitespace().next())
+        .map(str::to_owned)
+        .collect()
 }
 
 fn codename() -> Result<String> {
@@ -182,5 +204,21 @@ http://mirror.example/debian-security bookworm-security main
                 .to_string()
                 .contains("no Debian archive for bookworm")
         );
+    }
+
+    #[test]
+    fn dependencies_are_names_without_versions() {
+        let record = "\
+Package: linux-image-7.2.13+deb14-amd64
+Version: 7.2.13-1
+Pre-Depends: not-this
+Depends: dracut | initramfs-tools (>= 0.120), linux-binary-7.2.13+deb14-amd64 (= 7.2.13-1)
+Recommends: nor-that
+";
+        assert_eq!(
+            depends_of(record),
+            ["dracut", "linux-binary-7.2.13+deb14-amd64"]
+        );
+        assert!(depends_of("Package: alone\n").is_empty());
     }
 }

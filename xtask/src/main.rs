@@ -14,6 +14,7 @@ mod libtest;
 mod run;
 mod setup;
 mod test;
+mod vm;
 
 /// Builds, runs, checks and tests tcpstate.
 #[derive(Parser)]
@@ -37,6 +38,15 @@ enum Command {
     },
     /// Check format, lints, dependencies, imports and documentation
     Check,
+    /// Run the live tests on Debian's kernels in QEMU; ends with `N passed, N failed`
+    Vm {
+        /// Kernel series to boot
+        #[arg(long, value_name = "SERIES", value_delimiter = ',')]
+        kernel: Vec<vm::Series>,
+        /// Run only the live tests whose name contains this
+        #[arg(long, value_name = "NAME", default_value = "vm::")]
+        test: String,
+    },
 }
 
 fn main() -> ExitCode {
@@ -46,6 +56,7 @@ fn main() -> ExitCode {
         Command::Run { args } => run::product(&args),
         Command::Test { filter } => test::all(filter.as_deref()),
         Command::Check => check::all(),
+        Command::Vm { kernel, test } => vm::lab(&kernel, &test),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -9,25 +9,27 @@ use anyhow::{Context, Result, bail};
 use crate::{build, host};
 
 pub fn product(args: &[OsString]) -> Result<()> {
-    let product = build::release()?;
+    let mut product = Command::new(build::release()?);
+    if args.is_empty() {
+        product.arg("watch");
+    } else {
+        product.args(args);
+    }
     let mut command = if host::is_root() {
-        Command::new(&product)
+        product
     } else if host::has("sudo") {
         host::say("loading eBPF needs root: sudo runs the last step");
-        let mut command = Command::new("sudo");
-        command.arg("--").arg(&product);
-        command
+        let mut sudo = Command::new("sudo");
+        sudo.arg("--")
+            .arg(product.get_program())
+            .args(product.get_args());
+        sudo
     } else {
         bail!(
-            "loading eBPF needs root, and there is no sudo; as root, run {}",
-            product.display()
+            "loading eBPF needs root, and there is no sudo; as root, run: {}",
+            host::shown(&product)
         );
     };
-    if args.is_empty() {
-        command.arg("watch");
-    } else {
-        command.args(args);
-    }
     // Only comes back when it fails.
     Err(command.exec()).with_context(|| host::cannot_start(&command))
 }

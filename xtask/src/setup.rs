@@ -119,16 +119,13 @@ fn cargo_tool((name, version): (&str, &str)) -> Result<()> {
 fn prometheus() -> Result<()> {
     const PROGRAMS: [&str; 2] = ["prometheus", "promtool"];
     let bin = host::tools().join("bin");
-    let there = |program: &str| {
+    let there = |program: &&str| {
         Command::new(bin.join(program))
             .arg("--version")
             .output()
             .is_ok()
     };
-    if PROGRAMS
-        .into_iter()
-        .all(|program| host::has(program) || there(program))
-    {
+    if PROGRAMS.iter().all(there) {
         return Ok(());
     }
     host::say("unpacking Debian's prometheus into target/tools");
@@ -146,7 +143,7 @@ fn prometheus() -> Result<()> {
         let link = bin.join(program);
         // Left over from a run that was cut short.
         let _ = fs::remove_file(&link);
-        symlink(unpacked.join("usr/bin").join(program), &link)
+        symlink(Path::new("../prometheus/usr/bin").join(program), &link)
             .with_context(|| format!("can't link {}", link.display()))?;
     }
     Ok(())

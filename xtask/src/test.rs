@@ -21,6 +21,9 @@ pub fn all(filter: Option<&str>) -> Result<()> {
     setup::for_test()?;
     let product = build::release()?;
     let binaries = build::tests("building the tests", &[])?;
+    if !binaries.iter().any(is_live) {
+        bail!("cargo built no live tests: tcpstate-user/tests/{LIVE} is missing");
+    }
 
     let mut total = Total::default();
     for binary in &binaries {
@@ -37,6 +40,10 @@ pub fn all(filter: Option<&str>) -> Result<()> {
     total.end(filter)
 }
 
+fn is_live(binary: &TestBinary) -> bool {
+    binary.integration && binary.name == LIVE
+}
+
 fn title(binary: &TestBinary) -> String {
     let package = binary.package.file_name().unwrap_or_default();
     format!("{} of {}", binary.name, package.to_string_lossy())
@@ -45,7 +52,7 @@ fn title(binary: &TestBinary) -> String {
 /// The command that runs a test program: the live one as root, with the product's path.
 fn program(binary: &TestBinary, product: &Path) -> Result<Command> {
     let path = host::path_with_tools()?;
-    if !(binary.integration && binary.name == LIVE) {
+    if !is_live(binary) {
         let mut command = Command::new(&binary.path);
         command
             .env("CARGO_MANIFEST_DIR", &binary.package)
