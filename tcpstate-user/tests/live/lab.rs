@@ -1,0 +1,293 @@
+//! A network namespace of its own with a tracer in it: what a scenario does, and what it expects to be told.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use crate::judge::{self, Context, Seen};
+use crate::sockets;
+use crate::sys;
+use crate::tracer::Tracer;
+
+/// How the product is attached, and what it can know by it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Attach {
+    /// As it chooses itself.
+    Best,
+    /// Forced, as on kernels before 5.12.
+    TpBtfNoCookie,
+    /// Forced, as on kernels without BTF.
+    Tracepoint,
+}
+
+/// What is expected of one socket.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    pub who: &'static str,
+    /// `None` where the test can't know it.
+    pub local: Option<SocketAddr>,
+    pub remote: Option<SocketAddr>,
+    /// The states, first to last.
+    pub states: &'static str,
+    pub role: Option<&'static str>,
+    pub owner_source: &'static str,
+    pub pid: u32,
+    pub end: Option<&'static str>,
+    /// Bounds of the last dwell that is told, by the test's own clock.
+    pub dwell: Option<(Duration, Duration)>,
+}
+
+impl Expected {
+    /// `end` is what its last line says.
+    pub fn end(mut self, end: &'static str) -> Self {
+        self.end = Some(end);
+        self
+    }
+
+    pub fn pid(mut self, pid: u32) -> Self {
+        self.pid = pid;
+        self
+    }
+
+    pub fn dwell(mut self, least: Duration, most: Duration) -> Self {
+        self.dwell = Some((least, most));
+        self
+    }
+}
+
+fn expected(who: &'static str, states: &'static str) -> Expected {
+    Expected {
+        who,
+        local: None,
+        remote: None,
+        states,
+        role: None,
+        owner_source: "listen",
+        pid: std::process::id(),
+        end: None,
+        dwell: None,
+    }
+}
+
+pub fn client(local: SocketAddr, remote: SocketAddr, states: &'static str) -> Expected {
+    Expected {
+        local: Some(local),
+        ..unbound_client(remote, states)
+    }
+}
+
+/// One whose local end the test never learns.
+pub fn unbound_client(remote: SocketAddr, states: &'static str) -> Expected {
+    Expected {
+        remote: Some(remote),
+        role: Some("active"),
+        owner_source: "connect",
+        ..expected("client", states)
+    }
+}
+
+/// The socket that a listener makes for a connection.
+pub fn child(local: SocketAddr, remote: SocketAddr, states: &'static str) -> Expected {
+    Expected {
+        local: Some(local),
+        remote: Some(remote),
+        role: Some("passive"),
+        owner_source: "listener",
+        ..expected("child", states)
+    }
+}
+
+pub fn listener(local: SocketAddr, states: &'static str) -> Expected {
+    Expected {
+        local: Some(local),
+        ..expected("listener", states)
+    }
+}
+
+pub struct Lab {
+    pub inode: u32,
+    attach: Attach,
+    tracer: Tracer,
+    started: SystemTime,
+    addresses: [IpAddr; 2],
+    expected: Vec<Expected>,
+    /// Local ends that were one socket's, one after the other.
+    same: Vec<(SocketAddr, SocketAddr)>,
+    kept: Vec<Box<dyn Any>>,
+}
+
+impl Lab {
+    /// Runs a scenario in a new namespace with a tracer that sees only that, then judges what was told.
+    pub fn run(attach: Attach, scenario: impl FnOnce(&mut Self) + Send + 'static) {
+        let name = thread::current().name().unwrap_or("lab").to_owned();
+        thread::Builder::new()
+            .name(name)
+            .spawn(move || {
+                let mut lab = Self::start(attach);
+                scenario(&mut lab);
+                lab.finish();
+            })
+            .expect("a thread")
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    }
+
+    fn start(attach: Attach) -> Self {
+        let inode = sys::new_namespace().expect("network namespaces need root");
+        let mut addresses = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        let netns = inode.to_string();
+        let mut arguments = vec!["watch", "-o", "json", "--raw", "--direct", "--netns"];
+        match attach {
+            Attach::Best => arguments.push(&netns),
+            Attach::TpBtfNoCookie => arguments.extend([&netns, "--attach", "tp_btf_no_cookie"]),
+            Attach::Tracepoint => {
+                sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
+                // It sees every namespace: these addresses are nobody else's.
+                addresses = [Ipv4Addr::new(127, 77, 0, 1).into(), sys::v6(77)];
+                sys::add_address("lo", addresses[1]).expect("an address for lo");
+                arguments.extend(["all", "--attach", "tracepoint"]);
+            }
+        }
+        let started = SystemTime::now();
+        Self {
+            inode,
+            attach,
+            tracer: Tracer::start(&arguments),
+            started,
+            addresses,
+            expected: Vec::new(),
+            same: Vec::new(),
+            kept: Vec::new(),
+        }
+    }
+
+    /// Addresses of this namespace, one of each family: what works for one must for the other.
+    pub fn addresses(&self) -> [IpAddr; 2] {
+        self.addresses
+    }
+
+    pub fn expect(&mut self, sockets: impl IntoIterator<Item = Expected>) {
+        self.expected.extend(sockets);
+    }
+
+    /// The connections with these local ends were the same socket's, with nothing in between.
+    pub fn expect_same_socket(&mut self, first: SocketAddr, then: SocketAddr) {
+        self.same.push((first, then));
+    }
+
+    /// Keeps sockets open until the tracer has ended.
+    pub fn keep(&mut self, what: impl Any) {
+        self.kept.push(Box::new(what));
+    }
+
+    /// Waits until a socket with this local port was told to be in the state.
+    pub fn wait_for(&self, local: SocketAddr, state: &str) {
+        let port = Value::from(local.port());
+        let what = format!("{local} in {state}");
+        self.tracer.wait_for(&what, |line| {
+            line["local_port"] == port && line["to"] == state
+        });
+    }
+
+    /// Waits until all transitions up to now have been told.
+    pub fn settle(&self) {
+        let address = SocketAddr::new(self.addresses[0], judge::MARKER_PORT);
+        let markers = |line: &Value| is_marker(line, address) && line["to"] == "CLOSE";
+        let port = sockets::connect_to_nobody(address);
+        let port = Value::from(port);
+        self.tracer.wait_for("the marker", |line| {
+            markers(line) && line["local_port"] == port
+        });
+    }
+
+    fn finish(self) {
+        self.settle();
+        let finished = SystemTime::now();
+        let (status, lines, said) = self.tracer.stop();
+        assert!(
+            status.success(),
+            "SIGTERM ended the product with {status}; it said {said:?}"
+        );
+        let ours = |line: &Value| {
+            self.addresses.iter().any(|address| {
+                let address = address.to_string();
+                line["local_addr"] == *address || line["remote_addr"] == *address
+            })
+        };
+        let everything = self.attach == Attach::Tracepoint;
+        let context = Context {
+            attach: self.attach,
+            netns: if everything { None } else { Some(self.inode) },
+            window: (unix_ns(self.started), unix_ns(finished)),
+        };
+        if !everything {
+            assert_eq!(said.len(), 1, "more than the line `tracing …`: {said:?}");
+        }
+        judge::stream(&lines, &context);
+        let marker = SocketAddr::new(self.addresses[0], judge::MARKER_PORT);
+        let mut sockets: BTreeMap<&str, Seen<'_>> = BTreeMap::new();
+        for line in lines.iter().filter(|line| line["type"] == "transition") {
+            if is_marker(line, marker) || (everything && !ours(line)) {
+                continue;
+            }
+            let id = line["id"].as_str().expect("id is a string");
+            sockets.entry(id).or_default().lines.push(line);
+        }
+        let mut complaints = judge::sockets(&self.expected, &sockets, &context);
+        for (first, then) in self.same {
+            complaints.extend(judge::generations(first, then, &sockets, &context));
+        }
+        if !complaints.is_empty() {
+            let mut report = complaints.join("\n");
+            for line in &lines {
+                write!(report, "\n{line}").expect("memory");
+            }
+            panic!("{report}");
+        }
+        drop(self.kept);
+    }
+}
+
+fn is_marker(line: &Value, address: SocketAddr) -> bool {
+    line["remote_port"] == address.port() && line["remote_addr"] == *address.ip().to_string()
+}
+
+fn unix_ns(time: SystemTime) -> u128 {
+    time.duration_since(UNIX_EPOCH)
+        .expect("after 1970")
+        .as_nanos()
+}
+
+/// Waits for the kernel to get somewhere; by polling, for nothing tells.
+pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !condition() {
+        assert!(Instant::now() < end, "waited in vain until {what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The states, by number, of the sockets with this local port in the calling thread's namespace, as
+/// /proc/net/tcp and tcp6 show them: TIME_WAIT and what the tracepoint can't see too.
+pub fn proc_states(port: u16) -> Vec<u8> {
+    ["tcp", "tcp6"]
+        .iter()
+        .flat_map(|name| {
+            let path = format!("/proc/thread-self/net/{name}");
+            let text = fs::read_to_string(path).expect("/proc is mounted");
+            let states = text.lines().skip(1).filter_map(|line| {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                let (_, local_port) = fields[1].rsplit_once(':')?;
+                (local_port == format!("{port:04X}"))
+                    .then(|| u8::from_str_radix(fields[3], 16).expect("hex"))
+            });
+            states.collect::<Vec<u8>>()
+        })
+        .collect()
+}

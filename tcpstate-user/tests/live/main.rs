@@ -1,0 +1,16 @@
+//! The product against the running kernel: real sockets in network namespaces of the tests' own, and the exact
+//! lines that `tcpstate watch` must write for them.
+//!
+//! Self-contained, so that it also runs from an initramfs that holds nothing but this program and the product:
+//! no other program is called, and nothing of the product's code judges it. The product is `TCPSTATE_BIN`, or
+//! what cargo built. Needs root; a test that can't run fails and says what it needs.
+
+mod attach;
+mod judge;
+mod lab;
+mod scenarios;
+mod six;
+mod sockets;
+mod sys;
+mod tracer;
+mod vm;

@@ -1,0 +1,14 @@
+//! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
+
+use crate::lab::{Attach, Lab};
+use crate::six;
+
+#[test]
+fn attaches_and_ends() {
+    Lab::run(Attach::Best, |_| {});
+}
+
+#[test]
+fn six_sequences() {
+    Lab::run(Attach::Best, six::all);
+}
