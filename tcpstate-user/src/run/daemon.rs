@@ -1,6 +1,137 @@
-//! `tcpstate daemon`: a tracer, and what serves it.
+//! `tcpstate daemon`: a tracer, and what serves it over HTTP and on the Unix socket.
+
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::tracer::{self, Tracer};
+use super::{attach, select, start};
 use crate::cli::Attach;
 use crate::config::DaemonConfig;
-pub fn run(_: &DaemonConfig, _: Option<Attach>) -> anyhow::Result<()> {
-    anyhow::bail!("later")
+use crate::export::http::{self, Backend, Limits, Listeners, Refusal, Subscribed, UnixSocket};
+use crate::export::process::ProcessReader;
+use crate::export::{log, prometheus};
+use crate::filter::Subscription;
+use crate::model::{NetnsSelection, Source, Start};
+
+pub fn run(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()> {
+    log::init(config.log_level, config.log_format)?;
+    // Two: a page that takes long must not hold up the streams.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("can't start the runtime")?;
+    runtime.block_on(serve(config, path))
+}
+
+async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()> {
+    // What is likeliest to be refused comes first: nothing is attached then.
+    let mut tcp = Vec::new();
+    for &addr in &config.listen {
+        tcp.push(http::bind_tcp(addr).await?);
+    }
+    let unix = UnixSocket::bind(&config.socket)?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("can't wait for signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("can't wait for signals")?;
+
+    let netns = select(config.netns)?;
+    let session = attach(netns, config.ring_size, path)?;
+    let path = session.path();
+    let options = tracer::Options {
+        netns,
+        reconcile_interval: config.reconcile_interval,
+        max_comms: config.max_comms.get(),
+    };
+    let (tracer, thread) = Tracer::start(session, options).context("can't start the tracer")?;
+    for listener in &tcp {
+        if let Ok(addr) = listener.local_addr() {
+            tracing::info!("metrics at http://{addr}{}", config.telemetry_path);
+        }
+    }
+    eprintln!(
+        "tracing directly ({path}), network namespaces: {netns}; served at {}",
+        config.socket.display()
+    );
+
+    let served = Served {
+        tracer: tracer.clone(),
+        process: ProcessReader::new(),
+        start: start(Source::Daemon, netns)?,
+    };
+    let listeners = Listeners {
+        tcp,
+        unix: Some(unix),
+    };
+    let mut failed = false;
+    let shutdown = async {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            () = tracer.stopped() => failed = true,
+        }
+        // The streams end with it.
+        tracer.stop();
+    };
+    http::serve(
+        listeners,
+        Arc::new(served),
+        &config.telemetry_path,
+        Limits::default(),
+        shutdown,
+    )
+    .await;
+    tokio::task::spawn_blocking(|| thread.join())
+        .await?
+        .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))?;
+    anyhow::ensure!(!failed, "the tracer ended by itself");
+    Ok(())
+}
+
+/// What HTTP answers with.
+struct Served {
+    tracer: Tracer,
+    process: ProcessReader,
+    /// As of the daemon's start.
+    start: Start,
+}
+
+impl Backend for Served {
+    async fn metrics(&self) -> Result<String, Refusal> {
+        let view = self.tracer.view().await;
+        let view = view.map_err(|error| Refusal::Busy(error.to_string()))?;
+        let build = prometheus::BuildInfo {
+            version: env!("CARGO_PKG_VERSION"),
+            revision: env!("TCPSTATE_REVISION"),
+            netns: self.tracer.netns(),
+        };
+        prometheus::page(&view, &self.process.read(), &build)
+            .map_err(|error| Refusal::Busy(format!("the page can't be made: {error}")))
+    }
+
+    fn is_ready(&self) -> bool {
+        self.tracer.ready()
+    }
+
+    fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal> {
+        let netns = subscription.covers(self.tracer.netns());
+        if let (NetnsSelection::One(traced), NetnsSelection::One(asked)) =
+            (self.tracer.netns(), netns)
+            && traced != asked
+        {
+            return Err(Refusal::Bad(format!(
+                "network namespace {asked} is not traced: this daemon traces only {traced}"
+            )));
+        }
+        let batches = self.tracer.subscribe(subscription);
+        Ok(Subscribed {
+            start: Start {
+                time_ns: tracer::unix_now_ns(),
+                netns,
+                ..self.start.clone()
+            },
+            batches: batches.map_err(|error| Refusal::Busy(error.to_string()))?,
+        })
+    }
 }

@@ -41,20 +41,25 @@ fn fail(error: &anyhow::Error, status: ExitCode) -> ExitCode {
     status
 }
 
-/// What the flag means here, and that it can be had: a namespace that is not there, or rights that are missing, are
-/// errors now rather than gaps later.
-fn select(netns: Netns) -> anyhow::Result<NetnsSelection> {
+/// What the flag means here.
+fn resolve(netns: Netns) -> anyhow::Result<NetnsSelection> {
     Ok(match netns {
-        Netns::All => {
-            netns::all()?;
-            NetnsSelection::All
-        }
-        Netns::Own => NetnsSelection::One(netns::own()?),
-        Netns::Inode(inode) => {
-            netns::find(inode)?;
-            NetnsSelection::One(inode)
-        }
+        Netns::All => NetnsSelection::All,
+        Netns::Own => NetnsSelection::One(netns::own().context("can't tell the own network namespace")?),
+        Netns::Inode(inode) => NetnsSelection::One(inode),
     })
+}
+
+/// As [`resolve`], and it can be had: a namespace that is not there, or rights that are missing, are errors now rather
+/// than gaps later.
+fn select(netns: Netns) -> anyhow::Result<NetnsSelection> {
+    let selection = resolve(netns)?;
+    match netns {
+        Netns::All => drop(netns::all()?),
+        Netns::Inode(inode) => drop(netns::find(inode)?),
+        Netns::Own => {}
+    }
+    Ok(selection)
 }
 
 /// Loads and attaches.

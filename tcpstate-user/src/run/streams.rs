@@ -27,8 +27,10 @@ pub struct Streams {
     dropped: u64,
 }
 
-struct Stream {
+pub struct Stream {
     subscription: Subscription,
+    /// What happened before is not this reader's; `CLOCK_BOOTTIME`, nanoseconds.
+    since_ns: u64,
     queue: mpsc::Sender<Batch>,
     batch: Batch,
     /// Lines that found no room and have not been told of.
@@ -46,21 +48,14 @@ impl Streams {
         self.dropped
     }
 
-    pub fn add(&mut self, subscription: Subscription) -> mpsc::Receiver<Batch> {
-        let (queue, stream) = mpsc::channel(QUEUE_BATCHES);
-        self.streams.push(Stream {
-            subscription,
-            queue,
-            batch: Vec::new(),
-            dropped: 0,
-            dropped_ns: 0,
-        });
-        stream
+    pub fn add(&mut self, stream: Stream) {
+        self.streams.push(stream);
     }
 
     pub fn push(&mut self, change: &Change<'_>, boot_to_unix_ns: i64) {
         for stream in &mut self.streams {
-            if let Some(transition) = change.line(stream.subscription.raw, boot_to_unix_ns)
+            if change.time_ns >= stream.since_ns
+                && let Some(transition) = change.line(stream.subscription.raw, boot_to_unix_ns)
                 && stream.subscription.matches(&transition)
             {
                 stream.batch.push(Line::Transition(transition));
@@ -99,6 +94,20 @@ impl Streams {
 }
 
 impl Stream {
+    /// A stream of what happens from `since_ns` on, and where its reader finds it.
+    pub fn new(subscription: Subscription, since_ns: u64) -> (Self, mpsc::Receiver<Batch>) {
+        let (queue, batches) = mpsc::channel(QUEUE_BATCHES);
+        let stream = Self {
+            subscription,
+            since_ns,
+            queue,
+            batch: Vec::new(),
+            dropped: 0,
+            dropped_ns: 0,
+        };
+        (stream, batches)
+    }
+
     /// Losses in a row with one reason are one, so that a reader that stands still costs no more and more.
     fn lost(&mut self, loss: Loss) {
         let behind = self.batch.iter_mut().rev().map_while(|line| match line {

@@ -17,7 +17,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
-use super::streams::{Batch, Streams};
+use super::streams::{Batch, Stream, Streams};
 use crate::filter::Subscription;
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
@@ -64,7 +64,7 @@ pub struct Tracer {
 
 enum Command {
     View(oneshot::Sender<Arc<View>>),
-    Subscribe(Subscription, oneshot::Sender<mpsc::Receiver<Batch>>),
+    Subscribe(Stream),
     Dumped(Dump, Result<Snapshot, SnapshotError>),
     Stop,
 }
@@ -137,15 +137,17 @@ impl Tracer {
     ///
     /// # Errors
     /// [`Stopped`].
-    pub async fn subscribe(
-        &self,
-        subscription: Subscription,
-    ) -> Result<mpsc::Receiver<Batch>, Stopped> {
-        let (reply, stream) = oneshot::channel();
+    pub fn subscribe(&self, subscription: Subscription) -> Result<mpsc::Receiver<Batch>, Stopped> {
+        let (stream, batches) = Stream::new(subscription, now_ns());
         self.commands
-            .send(Command::Subscribe(subscription, reply))
+            .send(Command::Subscribe(stream))
             .map_err(|_| Stopped)?;
-        stream.await.map_err(|_| Stopped)
+        Ok(batches)
+    }
+
+    /// Waits for its end.
+    pub async fn stopped(&self) {
+        self.commands.closed().await;
     }
 
     /// Ends it after what is in the ring now; streams end behind their last line.
@@ -265,13 +267,7 @@ impl State {
 
     fn command(&mut self, command: Command, session: &mut Session) {
         match command {
-            Command::Subscribe(subscription, reply) => {
-                // What happened before is not this reader's.
-                self.drain_to(session, now_ns());
-                let stream = self.streams.add(subscription);
-                // Who asked may be gone: the stream is dropped with its first line then.
-                let _ = reply.send(stream);
-            }
+            Command::Subscribe(stream) => self.streams.add(stream),
             Command::View(reply) => self.scrape(reply, session),
             Command::Dumped(dump, result) => self.dumped(dump, result, session),
             Command::Stop => {}

@@ -2,20 +2,23 @@
 
 use std::io::{self, Write};
 use std::num::NonZeroU64;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use super::streams::Batch;
 use super::tracer::{self, Tracer};
-use super::{attach, select, start};
+use super::{attach, resolve, select, start};
 use crate::cli::Watch;
-use crate::export::{LineWriter, Look};
-use crate::filter::Subscription;
-use crate::model::{Line, Source};
+use crate::config::{DEFAULT_SOCKET, LogFormat, LogLevel};
+use crate::export::client::{ConnectError, Events};
+use crate::export::{LineWriter, Look, log};
+use crate::filter::{Inode, Subscription};
+use crate::model::{Line, NetnsSelection, Source};
 
 /// How often the table is compared with the kernel's sockets.
 const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
@@ -34,6 +37,7 @@ struct Feed {
 }
 
 pub fn run(args: &Watch) -> anyhow::Result<()> {
+    log::init(LogLevel::Warn, LogFormat::Text)?;
     // This thread writes, and may have to wait for its reader; signals and the lines' source must not.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -44,7 +48,7 @@ pub fn run(args: &Watch) -> anyhow::Result<()> {
         mut lines,
         end,
         ended,
-    } = direct(args, &runtime)?;
+    } = open(args, &runtime)?;
     runtime.spawn(ask_for_end(end, args.duration()));
     let mut writer = LineWriter::new(args.output, Look::of_stdout(args.utc));
     match print(
@@ -124,6 +128,78 @@ fn print(
     Ok(())
 }
 
+/// A daemon's stream where there is a daemon, else that of a tracer of our own.
+fn open(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
+    if args.direct {
+        return direct(args, runtime);
+    }
+    let path = args.socket.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET));
+    let netns = resolve(args.netns)?;
+    let subscription = Subscription {
+        filter: args.filter.clone(),
+        raw: args.raw,
+        netns: match netns {
+            NetnsSelection::All => None,
+            NetnsSelection::One(inode) => Some(Inode(inode)),
+        },
+    };
+    match runtime.block_on(Events::connect(path, &subscription)) {
+        Ok(events) => daemon(args, path, netns, events, runtime),
+        Err(error) if args.socket.is_some() => Err(error.into()),
+        Err(ConnectError::NotFound(_)) => direct(args, runtime),
+        Err(ConnectError::NotServed(path)) => {
+            eprintln!("tcpstate: nobody serves the socket {}; tracing directly", path.display());
+            direct(args, runtime)
+        }
+        // Who may load programs needs no daemon; who may not is told how to reach it.
+        Err(error @ ConnectError::PermissionDenied(_)) => {
+            direct(args, runtime).map_err(|_| error.into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Passes on what a daemon sends.
+fn daemon(
+    args: &Watch,
+    path: &Path,
+    netns: NetnsSelection,
+    mut events: Events,
+    runtime: &Runtime,
+) -> anyhow::Result<Feed> {
+    let path = path.display().to_string();
+    let first = runtime.block_on(events.next())?;
+    match first.as_deref() {
+        Some([Line::Start(start), ..]) if start.netns == netns => {}
+        Some([Line::Start(start), ..]) => bail!(
+            "the daemon at {path} traces only network namespace {0}; `--netns {0}` watches that one, `--direct` traces \
+             without the daemon",
+            start.netns
+        ),
+        _ => bail!("the stream of {path} does not begin as a tcpstate daemon's does"),
+    }
+    if !args.quiet {
+        eprintln!("tracing by the daemon at {path}, network namespaces: {netns}");
+    }
+    let (sender, lines) = mpsc::channel(1);
+    let (end, mut asked) = oneshot::channel();
+    let ended = runtime.spawn(async move {
+        let mut next = first;
+        while let Some(batch) = next {
+            if sender.send(batch).await.is_err() {
+                return Ok(());
+            }
+            next = tokio::select! {
+                _ = &mut asked => return Ok(()),
+                () = sender.closed() => return Ok(()),
+                next = events.next() => next?,
+            };
+        }
+        bail!("the daemon at {path} ended the stream")
+    });
+    Ok(Feed { lines, end, ended })
+}
+
 /// Traces on its own.
 fn direct(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
     let netns = select(args.netns)?;
@@ -136,38 +212,37 @@ fn direct(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
         max_comms: 0,
     };
     let (tracer, thread) = Tracer::start(session, options).context("can't start the tracer")?;
-    let subscription = Subscription {
+    let mut batches = tracer.subscribe(Subscription {
         filter: args.filter.clone(),
         raw: args.raw,
         netns: None,
-    };
-    let mut stream = runtime.block_on(tracer.subscribe(subscription))?;
+    })?;
+    let first = vec![Line::Start(start(Source::Direct, netns)?)];
     if !args.quiet {
         eprintln!("tracing directly ({path}), network namespaces: {netns}");
     }
-    let first = vec![Line::Start(start(Source::Direct, netns)?)];
     let (sender, lines) = mpsc::channel(1);
-    let (end, asked) = oneshot::channel();
+    let (end, mut asked) = oneshot::channel();
     let ended = runtime.spawn(async move {
-        let ending = tracer.clone();
-        let mut asked = std::pin::pin!(async move {
-            // Dropped without a word means the same.
-            let _ = asked.await;
-            ending.stop();
-            std::future::pending::<()>().await;
-        });
         let mut next = Some(first);
+        let mut stopping = false;
         while let Some(batch) = next {
             if sender.send(batch).await.is_err() {
                 break;
             }
             next = tokio::select! {
-                () = &mut asked => None,
-                next = stream.recv() => next,
+                // What was in the ring still comes.
+                _ = &mut asked, if !stopping => {
+                    stopping = true;
+                    tracer.stop();
+                    batches.recv().await
+                }
+                () = sender.closed() => None,
+                next = batches.recv() => next,
             };
         }
         tracer.stop();
-        drop(stream);
+        drop(batches);
         tokio::task::spawn_blocking(|| thread.join())
             .await?
             .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))
