@@ -210,9 +210,7 @@ fn a_query_says_what_is_wrong_with_it() {
     assert_eq!(bare.filter, filter("-4 -s estab,listen"));
 }
 
-fn values<T>(
-    text: impl Strategy<Value = String> + 'static,
-) -> impl Strategy<Value = Vec<T>>
+fn values<T>(text: impl Strategy<Value = String> + 'static) -> impl Strategy<Value = Vec<T>>
 where
     T: FromStr<Err = ValueError> + std::fmt::Debug + 'static,
 {
