@@ -75,35 +75,47 @@ fn endpoint(out: &mut Vec<u8>, addr: &str, port: &str, endpoint: Endpoint) {
     number(out, port, endpoint.port);
 }
 
-fn put(out: &mut Vec<u8>, text: impl Display) {
-    write!(out, "{text}").expect("a Vec takes everything");
+fn put(out: &mut Vec<u8>, value: impl Display) {
+    write!(out, "{value}").expect("a Vec takes everything");
 }
 
-fn number(out: &mut Vec<u8>, name: &str, value: Option<impl Display>) {
+fn name(out: &mut Vec<u8>, name: &str) {
+    out.extend_from_slice(b",\"");
+    out.extend_from_slice(name.as_bytes());
+    out.extend_from_slice(b"\":");
+}
+
+fn number(out: &mut Vec<u8>, field: &str, value: Option<impl Display>) {
+    name(out, field);
     match value {
-        Some(value) => put(out, format_args!(r#","{name}":{value}"#)),
-        None => null(out, name),
+        Some(value) => put(out, value),
+        None => null(out),
     }
 }
 
 /// A string that holds nothing to escape.
-fn plain(out: &mut Vec<u8>, name: &str, value: Option<impl Display>) {
-    match value {
-        Some(value) => put(out, format_args!(r#","{name}":"{value}""#)),
-        None => null(out, name),
-    }
-}
-
-fn text(out: &mut Vec<u8>, name: &str, value: Option<impl AsRef<str>>) {
+fn plain(out: &mut Vec<u8>, field: &str, value: Option<impl Display>) {
+    name(out, field);
     match value {
         Some(value) => {
-            put(out, format_args!(r#","{name}":"#));
-            serde_json::to_writer(out, value.as_ref()).expect("a Vec takes every string");
+            out.push(b'"');
+            put(out, value);
+            out.push(b'"');
         }
-        None => null(out, name),
+        None => null(out),
     }
 }
 
-fn null(out: &mut Vec<u8>, name: &str) {
-    put(out, format_args!(r#","{name}":null"#));
+fn text(out: &mut Vec<u8>, field: &str, value: Option<impl AsRef<str>>) {
+    name(out, field);
+    match value {
+        Some(value) => {
+            serde_json::to_writer(out, value.as_ref()).expect("a Vec takes every string");
+        }
+        None => null(out),
+    }
+}
+
+fn null(out: &mut Vec<u8>) {
+    out.extend_from_slice(b"null");
 }

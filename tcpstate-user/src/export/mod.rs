@@ -2,8 +2,11 @@
 //!
 //! Owns no decision about what is shown; that is the filter's and the table's.
 
+pub mod client;
 mod csv;
+pub mod http;
 mod json;
+pub mod log;
 mod parse;
 pub mod process;
 pub mod prometheus;

@@ -38,8 +38,8 @@ pub fn parse_line(line: &str) -> Result<Option<(u64, Line)>, ParseError> {
     if head.schema != SCHEMA {
         return Err(ParseError::Schema(head.schema));
     }
-    let time_ns = unix_ns(&head.time)?;
-    let line = match head.kind.as_str() {
+    let time_ns = unix_ns(head.time)?;
+    let line = match head.kind {
         "start" => Line::Start(serde_json::from_str::<StartFields>(line)?.start(time_ns)?),
         "transition" => {
             let fields: TransitionFields = serde_json::from_str(line)?;
@@ -50,7 +50,7 @@ pub fn parse_line(line: &str) -> Result<Option<(u64, Line)>, ParseError> {
             Line::Lost(Loss {
                 time_ns,
                 count: fields.count,
-                reason: named("reason", &fields.reason)?,
+                reason: named("reason", fields.reason)?,
             })
         }
         _ => return Ok(None),
@@ -58,13 +58,15 @@ pub fn parse_line(line: &str) -> Result<Option<(u64, Line)>, ParseError> {
     Ok(Some((head.seq, line)))
 }
 
+// Borrowed from the line where the vocabulary has nothing to escape: this is done for every line.
+
 #[derive(Deserialize)]
-struct Head {
+struct Head<'a> {
     #[serde(rename = "type")]
-    kind: String,
+    kind: &'a str,
     schema: u32,
     seq: u64,
-    time: String,
+    time: &'a str,
 }
 
 #[derive(Deserialize)]
@@ -77,32 +79,32 @@ struct StartFields {
 }
 
 #[derive(Deserialize)]
-struct TransitionFields {
-    id: String,
-    cookie: Option<String>,
+struct TransitionFields<'a> {
+    id: &'a str,
+    cookie: Option<&'a str>,
     netns: Option<u32>,
-    family: String,
+    family: &'a str,
     local_addr: Option<IpAddr>,
     local_port: Option<u16>,
     remote_addr: Option<IpAddr>,
     remote_port: Option<u16>,
-    from: String,
-    to: String,
+    from: &'a str,
+    to: &'a str,
     dwell_ns: Option<u64>,
-    evidence: String,
-    role: Option<String>,
+    evidence: &'a str,
+    role: Option<&'a str>,
     pid: Option<u32>,
     comm: Option<String>,
     uid: Option<u32>,
     container: Option<String>,
-    owner_source: String,
-    end: Option<String>,
+    owner_source: &'a str,
+    end: Option<&'a str>,
 }
 
 #[derive(Deserialize)]
-struct LostFields {
+struct LostFields<'a> {
     count: u64,
-    reason: String,
+    reason: &'a str,
 }
 
 impl StartFields {
@@ -121,15 +123,15 @@ impl StartFields {
     }
 }
 
-impl TransitionFields {
+impl TransitionFields<'_> {
     fn transition(self, time_ns: u64) -> Result<Transition, ParseError> {
-        let cookie = self.cookie.map(|cookie| read("cookie", &cookie));
+        let cookie = self.cookie.map(|cookie| read("cookie", cookie));
         Ok(Transition {
             time_ns,
-            id: connection_id(&self.id)?,
+            id: connection_id(self.id)?,
             cookie: cookie.transpose()?,
             netns: self.netns,
-            family: named("family", &self.family)?,
+            family: named("family", self.family)?,
             local: Endpoint {
                 addr: self.local_addr,
                 port: self.local_port,
@@ -138,15 +140,15 @@ impl TransitionFields {
                 addr: self.remote_addr,
                 port: self.remote_port,
             },
-            from: state("from", &self.from)?,
-            to: state("to", &self.to)?,
+            from: state("from", self.from)?,
+            to: state("to", self.to)?,
             dwell_ns: self.dwell_ns,
-            evidence: named("evidence", &self.evidence)?,
-            role: optional("role", self.role.as_deref())?,
-            owner: owner(self.pid, self.comm.as_deref(), &self.owner_source)?,
+            evidence: named("evidence", self.evidence)?,
+            role: optional("role", self.role)?,
+            owner: owner(self.pid, self.comm.as_deref(), self.owner_source)?,
             uid: self.uid,
             container: self.container.map(Into::into),
-            end: optional("end", self.end.as_deref())?,
+            end: optional("end", self.end)?,
         })
     }
 }

@@ -1,0 +1,114 @@
+//! What the daemon serves over HTTP, on TCP and on its Unix socket: which paths there are, and what they answer.
+//!
+//! Addresses and process names leave through the Unix socket only: on TCP there is no `/v1`. What the answers are made
+//! of comes from a [`Backend`]; how connections are kept in bounds is `serve`'s.
+
+mod landing;
+mod lines;
+mod serve;
+mod unix;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{RawQuery, State};
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use tokio::sync::mpsc;
+
+pub use serve::{Limits, Listeners, bind_tcp, serve};
+pub use unix::{BindError, UnixSocket};
+
+use crate::filter::Subscription;
+use crate::model::{Line, Start};
+
+/// What the answers are made of.
+pub trait Backend: Send + Sync + 'static {
+    /// The metrics page, in the Prometheus text format.
+    fn metrics(&self) -> impl Future<Output = Vec<u8>> + Send;
+
+    /// The first snapshot is merged.
+    fn is_ready(&self) -> bool;
+
+    /// # Errors
+    /// The stream can't be had; the reader is told why.
+    fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal>;
+}
+
+/// A stream for one reader.
+pub struct Subscribed {
+    pub start: Start,
+    /// What it asked for, and what it lost. The stream ends when the sender is dropped; the receiver is dropped when
+    /// the reader has gone.
+    pub batches: mpsc::Receiver<Vec<Line>>,
+}
+
+/// Why a reader gets no stream; one line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// It asks for what can't be: 400.
+    Bad(String),
+    /// Not now: 503.
+    Busy(String),
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        let (status, line) = match self {
+            Self::Bad(line) => (StatusCode::BAD_REQUEST, line),
+            Self::Busy(line) => (StatusCode::SERVICE_UNAVAILABLE, line),
+        };
+        (status, line + "\n").into_response()
+    }
+}
+
+/// What TCP serves.
+fn public<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
+    let landing = Html(landing::page(telemetry_path));
+    Router::new()
+        .route(telemetry_path, get(metrics::<B>))
+        .route("/", get(async || landing))
+        .route("/-/healthy", get(async || "healthy\n"))
+        .route("/-/ready", get(ready::<B>))
+        .with_state(backend)
+}
+
+/// What the Unix socket serves.
+fn local<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
+    let events = Router::new()
+        .route("/v1/events", get(events::<B>))
+        .with_state(Arc::clone(&backend));
+    public(backend, telemetry_path).merge(events)
+}
+
+async fn metrics<B: Backend>(State(backend): State<Arc<B>>) -> Response {
+    let kind = "text/plain; version=0.0.4; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], backend.metrics().await).into_response()
+}
+
+async fn ready<B: Backend>(State(backend): State<Arc<B>>) -> (StatusCode, &'static str) {
+    if backend.is_ready() {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not ready: the first snapshot is not merged yet\n",
+        )
+    }
+}
+
+async fn events<B: Backend>(
+    State(backend): State<Arc<B>>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Refusal> {
+    let subscription = Subscription::from_query(query.as_deref().unwrap_or_default())
+        .map_err(|error| Refusal::Bad(error.to_string()))?;
+    let lines = lines::Lines::new(backend.subscribe(subscription)?);
+    let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
+    Ok((kind, Body::new(lines)).into_response())
+}
+
+#[cfg(test)]
+mod tests;

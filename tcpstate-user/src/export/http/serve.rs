@@ -1,0 +1,173 @@
+//! Takes connections and keeps them in bounds: how many, how long a request may take to arrive, how long a reader may
+//! not read, how long the end may take.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::serve::Listener;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio_io_timeout::TimeoutStream;
+
+use super::{Backend, UnixSocket, local, public};
+
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time: over all TCP addresses, and as many on the Unix socket, so that neither can shut out
+    /// the other. Further ones wait in the kernel's backlog.
+    pub connections: usize,
+    /// From when a request may begin to the end of its header; ends an idle connection too.
+    pub header: Duration,
+    /// Without room for one more byte.
+    pub write: Duration,
+    /// For answers in progress when the daemon ends.
+    pub shutdown: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 256,
+            header: Duration::from_secs(10),
+            write: Duration::from_secs(30),
+            shutdown: Duration::from_secs(2),
+        }
+    }
+}
+
+/// Bytes that a connection may hold for a reader that is behind, beside the kernel's socket buffer.
+const WRITE_BUFFER: usize = 64 << 10;
+
+pub struct Listeners {
+    pub tcp: Vec<TcpListener>,
+    pub unix: Option<UnixSocket>,
+}
+
+/// `[::]` takes IPv4 too; where the kernel has no IPv6, it is all of IPv4.
+///
+/// # Errors
+/// The address can't be had; the line names it and what would help.
+pub async fn bind_tcp(addr: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bound = match TcpListener::bind(addr).await {
+        Err(error)
+            if addr.ip().is_unspecified()
+                && error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) =>
+        {
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, addr.port())).await
+        }
+        bound => bound,
+    };
+    bound.map_err(|error| {
+        let help = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                "the port is taken; stop what listens there, as `ss -tlnp` shows it, or choose another with \
+                 --web.listen-address"
+            }
+            io::ErrorKind::AddrNotAvailable => "this host has no such address",
+            io::ErrorKind::PermissionDenied => {
+                "ports below 1024 take CAP_NET_BIND_SERVICE; choose another with --web.listen-address"
+            }
+            _ => return anyhow::anyhow!("can't listen on {addr}: {error}"),
+        };
+        anyhow::anyhow!("can't listen on {addr}: {help}")
+    })
+}
+
+/// Serves until `shutdown`, then lets answers end within the limit. Streams end when the backend ends them.
+pub async fn serve<B: Backend>(
+    listeners: Listeners,
+    backend: Arc<B>,
+    telemetry_path: &str,
+    limits: Limits,
+    shutdown: impl Future<Output = ()>,
+) {
+    let (stop, stopped) = watch::channel(false);
+    let mut accepting = JoinSet::new();
+    let public = public(Arc::clone(&backend), telemetry_path);
+    let places = Arc::new(Semaphore::new(limits.connections));
+    for listener in listeners.tcp {
+        let (router, places) = (public.clone(), Arc::clone(&places));
+        accepting.spawn(accept(listener, router, places, limits, stopped.clone()));
+    }
+    let socket_file = listeners.unix.map(|socket| {
+        let (listener, file) = socket.into_parts();
+        let places = Arc::new(Semaphore::new(limits.connections));
+        let router = local(backend, telemetry_path);
+        accepting.spawn(accept(listener, router, places, limits, stopped));
+        file
+    });
+    shutdown.await;
+    // First the file, so that nobody finds a daemon that does not answer.
+    drop(socket_file);
+    stop.send_replace(true);
+    while accepting.join_next().await.is_some() {}
+}
+
+/// Ends when told to, after its connections; those that take too long are cut.
+async fn accept<L: Listener<Io: Unpin>>(
+    mut listener: L,
+    router: Router,
+    places: Arc<Semaphore>,
+    limits: Limits,
+    stopped: watch::Receiver<bool>,
+) {
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = async {
+            let place = Arc::clone(&places).acquire_owned().await;
+            (place, listener.accept().await)
+        };
+        let (place, (io, _)) = tokio::select! {
+            accepted = accepted => accepted,
+            () = stop(stopped.clone()) => break,
+        };
+        let connection = converse(io, router.clone(), limits, stopped.clone());
+        connections.spawn(async move {
+            connection.await;
+            drop(place);
+        });
+        while connections.try_join_next().is_some() {}
+    }
+    drop(listener);
+    let ended = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(limits.shutdown, ended).await.is_err() {
+        connections.shutdown().await;
+    }
+}
+
+async fn stop(mut stopped: watch::Receiver<bool>) {
+    // An error means that nobody is left who could say it: the same.
+    let _ = stopped.wait_for(|&stopped| stopped).await;
+}
+
+async fn converse<I>(io: I, router: Router, limits: Limits, stopped: watch::Receiver<bool>)
+where
+    I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let mut io = TimeoutStream::new(io);
+    io.set_write_timeout(Some(limits.write));
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.header)
+        .max_buf_size(WRITE_BUFFER)
+        .serve_connection(TokioIo::new(Box::pin(io)), TowerToHyperService::new(router));
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stop(stopped) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection ended early");
+    }
+}

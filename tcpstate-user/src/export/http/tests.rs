@@ -1,0 +1,406 @@
+//! The server over real sockets, with the crate's own client and with clients that misbehave.
+
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::*;
+use crate::export::client::{ConnectError, Events};
+use crate::model::{Loss, LossReason, NetnsSelection, Source};
+
+const SOON: Duration = Duration::from_secs(10);
+
+#[derive(Default)]
+struct Fake {
+    ready: AtomicBool,
+    /// Who subscribed, and the way to them.
+    readers: Mutex<Vec<(Subscription, mpsc::Sender<Vec<Line>>)>>,
+}
+
+fn start() -> Start {
+    Start {
+        time_ns: 1,
+        host: "h".to_owned(),
+        boot_id: "b".to_owned(),
+        version: "v".to_owned(),
+        source: Source::Daemon,
+        netns: NetnsSelection::All,
+    }
+}
+
+fn line(count: u64) -> Line {
+    Line::Lost(Loss {
+        time_ns: 1,
+        count,
+        reason: LossReason::SlowReader,
+    })
+}
+
+impl Backend for Fake {
+    async fn metrics(&self) -> Vec<u8> {
+        b"up 1\n".to_vec()
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal> {
+        if subscription.netns.is_some() {
+            return Err(Refusal::Bad("not that namespace".to_owned()));
+        }
+        let mut readers = self.readers.lock().unwrap();
+        if readers.len() == 2 {
+            return Err(Refusal::Busy("enough readers".to_owned()));
+        }
+        let (sender, batches) = mpsc::channel(1);
+        readers.push((subscription, sender));
+        Ok(Subscribed {
+            start: start(),
+            batches,
+        })
+    }
+}
+
+impl Fake {
+    fn take_reader(&self) -> (Subscription, mpsc::Sender<Vec<Line>>) {
+        self.readers.lock().unwrap().pop().unwrap()
+    }
+}
+
+struct Served {
+    backend: Arc<Fake>,
+    addr: std::net::SocketAddr,
+    socket: PathBuf,
+    stop: Option<oneshot::Sender<()>>,
+    server: JoinHandle<()>,
+    _folder: TempDir,
+}
+
+impl Served {
+    async fn new(limits: Limits) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("s");
+        let tcp = bind_tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let addr = tcp.local_addr().unwrap();
+        let listeners = Listeners {
+            tcp: vec![tcp],
+            unix: Some(UnixSocket::bind(&socket).unwrap()),
+        };
+        let backend = Arc::new(Fake::default());
+        let (stop, stopped) = oneshot::channel();
+        let served = Arc::clone(&backend);
+        let server = tokio::spawn(async move {
+            let stopped = async { stopped.await.unwrap_or(()) };
+            serve(listeners, served, "/metrics", limits, stopped).await;
+        });
+        Self {
+            backend,
+            addr,
+            socket,
+            stop: Some(stop),
+            server,
+            _folder: folder,
+        }
+    }
+
+    async fn tcp(&self) -> TcpStream {
+        TcpStream::connect(self.addr).await.unwrap()
+    }
+
+    async fn get(&self, path: &str) -> String {
+        ask(self.tcp().await, "GET", path).await
+    }
+
+    async fn get_local(&self, path: &str) -> String {
+        let socket = UnixStream::connect(&self.socket).await.unwrap();
+        ask(socket, "GET", path).await
+    }
+
+    async fn events(&self, query: &str) -> Result<Events, ConnectError> {
+        let subscription = Subscription::from_query(query).unwrap();
+        Events::connect(&self.socket, &subscription).await
+    }
+}
+
+async fn ask(mut io: impl AsyncRead + AsyncWrite + Unpin, method: &str, path: &str) -> String {
+    let request = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    io.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    let read = timeout(SOON, io.read_to_string(&mut answer)).await;
+    read.expect("an answer in time").unwrap();
+    answer
+}
+
+fn status(answer: &str) -> &str {
+    answer.split(' ').nth(1).unwrap_or(answer)
+}
+
+fn body(answer: &str) -> &str {
+    answer.split_once("\r\n\r\n").map_or("", |(_, body)| body)
+}
+
+#[tokio::test]
+async fn paths_answer_on_both_sockets_but_events_only_on_the_unix_one() {
+    let served = Served::new(Limits::default()).await;
+    let metrics = served.get("/metrics").await;
+    assert_eq!(body(&metrics), "up 1\n");
+    assert!(metrics.contains("content-type: text/plain; version=0.0.4; charset=utf-8\r\n"));
+    assert_eq!(body(&served.get_local("/metrics").await), "up 1\n");
+    assert_eq!(body(&served.get("/-/healthy").await), "healthy\n");
+
+    let not_ready = served.get("/-/ready").await;
+    assert_eq!(status(&not_ready), "503");
+    served.backend.ready.store(true, Ordering::Relaxed);
+    assert_eq!(status(&served.get("/-/ready").await), "200");
+
+    assert_eq!(status(&served.get("/v1/events").await), "404");
+    assert_eq!(status(&served.get("/metrics/").await), "404");
+    assert_eq!(status(&served.get("/v1/sockets").await), "404");
+    let posted = ask(served.tcp().await, "POST", "/metrics").await;
+    assert_eq!(status(&posted), "405");
+    let head = ask(served.tcp().await, "HEAD", "/metrics").await;
+    assert_eq!((status(&head), body(&head)), ("200", ""));
+}
+
+#[tokio::test]
+async fn the_landing_page_links_to_what_is_there() {
+    let served = Served::new(Limits::default()).await;
+    let page = served.get("/").await;
+    assert!(page.contains("content-type: text/html; charset=utf-8\r\n"));
+    let mut links = 0;
+    for link in body(&page).split("href=\"").skip(1) {
+        let (path, _) = link.split_once('"').unwrap();
+        assert_ne!(status(&served.get(path).await), "404", "{path}");
+        links += 1;
+    }
+    assert_eq!(links, 3);
+}
+
+#[tokio::test]
+async fn a_stream_begins_with_its_start_and_ends_with_the_backend() {
+    let served = Served::new(Limits::default()).await;
+    let mut events = served.events("state=LISTEN&raw=true").await.unwrap();
+    let first = timeout(SOON, events.next()).await.unwrap().unwrap();
+    assert_eq!(first, Some(vec![Line::Start(start())]));
+
+    let (subscription, sender) = served.backend.take_reader();
+    assert_eq!(
+        subscription,
+        Subscription::from_query("state=LISTEN&raw=true").unwrap()
+    );
+    let mut read = Vec::new();
+    // More than one frame holds.
+    let sent: Vec<_> = (0..2000).map(line).collect();
+    sender.send(sent.clone()).await.unwrap();
+    while read.len() < sent.len() {
+        let more = timeout(SOON, events.next()).await.unwrap().unwrap();
+        read.extend(more.expect("the stream goes on"));
+    }
+    assert_eq!(read, sent);
+    drop(sender);
+    assert_eq!(timeout(SOON, events.next()).await.unwrap().unwrap(), None);
+}
+
+#[tokio::test]
+async fn curl_sees_json_lines() {
+    let served = Served::new(Limits::default()).await;
+    let backend = Arc::clone(&served.backend);
+    let ending = tokio::spawn(async move {
+        while backend.readers.lock().unwrap().is_empty() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        drop(backend.take_reader());
+    });
+    let answer = served.get_local("/v1/events").await;
+    ending.await.unwrap();
+    assert!(answer.contains("content-type: application/x-ndjson\r\n"));
+    assert!(answer.contains(r#"{"type":"start","schema":1,"seq":0,"#));
+}
+
+#[tokio::test]
+async fn a_stream_that_can_not_be_is_refused_in_one_line() {
+    let served = Served::new(Limits::default()).await;
+    let bad = served.get_local("/v1/events?port=http").await;
+    assert_eq!(status(&bad), "400");
+    assert_eq!(
+        body(&bad),
+        "port: `http` is no port; expected 1 to 65535, or a range such as 8000-8999\n"
+    );
+    let refused = served.events("netns=1").await.err().unwrap();
+    assert_eq!(
+        refused.to_string(),
+        "the daemon refuses the stream: not that namespace"
+    );
+    let _readers = (
+        served.events("").await.unwrap(),
+        served.events("").await.unwrap(),
+    );
+    let busy = served.get_local("/v1/events").await;
+    assert_eq!((status(&busy), body(&busy)), ("503", "enough readers\n"));
+}
+
+#[tokio::test]
+async fn a_reader_that_leaves_is_noticed_though_nothing_is_sent() {
+    let served = Served::new(Limits::default()).await;
+    let events = served.events("").await.unwrap();
+    let (_, sender) = served.backend.take_reader();
+    drop(events);
+    timeout(SOON, sender.closed()).await.expect("noticed");
+}
+
+/// A reader that stalls fills what little may be buffered, is cut off, and its queue is closed.
+#[tokio::test]
+async fn a_stalled_reader_is_cut_off_and_costs_little() {
+    let limits = Limits {
+        write: Duration::from_millis(300),
+        ..Limits::default()
+    };
+    let served = Served::new(limits).await;
+    let mut socket = UnixStream::connect(&served.socket).await.unwrap();
+    let request = b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n";
+    socket.write_all(request).await.unwrap();
+    let mut byte = [0];
+    socket.read_exact(&mut byte).await.unwrap();
+
+    let (_, sender) = served.backend.take_reader();
+    let batch: Vec<_> = (0..100).map(line).collect();
+    let mut batches = 0;
+    let filled = async {
+        while sender.send(batch.clone()).await.is_ok() {
+            batches += 1
+        }
+    };
+    timeout(SOON, filled).await.expect("cut off");
+    // A batch is 11 kB here; the kernel takes up to some 400 kB for a Unix socket.
+    assert!((1..100).contains(&batches), "{batches} batches were taken");
+    drop(socket);
+}
+
+#[tokio::test]
+async fn a_request_that_comes_a_byte_at_a_time_is_cut_off() {
+    let limits = Limits {
+        header: Duration::from_millis(300),
+        ..Limits::default()
+    };
+    let served = Served::new(limits).await;
+    let (mut read, mut write) = served.tcp().await.into_split();
+    let dripping = tokio::spawn(async move {
+        // A header that never ends, and is never wrong.
+        let request = b"GET /metrics HTTP/1.1\r\nX: ";
+        for byte in request.iter().chain(std::iter::repeat(&b'x')) {
+            if write.write_all(&[*byte]).await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let mut answer = Vec::new();
+    let cut = timeout(SOON, read.read_to_end(&mut answer)).await;
+    dripping.abort();
+    // A reset is as good an end.
+    let _ = cut.expect("cut off");
+    assert!(!answer.starts_with(b"HTTP/1.1 200"));
+    assert_eq!(body(&served.get("/metrics").await), "up 1\n");
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait_and_the_other_socket_goes_on() {
+    let limits = Limits {
+        connections: 2,
+        header: Duration::from_millis(700),
+        ..Limits::default()
+    };
+    let served = Served::new(limits).await;
+    let began = Instant::now();
+    let _idle = (served.tcp().await, served.tcp().await);
+    // Both are accepted before a third can be: the backlog is a queue.
+    let third = served.get("/metrics");
+    let local = served.get_local("/metrics");
+    assert_eq!(body(&local.await), "up 1\n");
+    let local_after = began.elapsed();
+    assert_eq!(body(&third.await), "up 1\n");
+    let third_after = began.elapsed();
+    assert!(third_after >= Duration::from_millis(650), "{third_after:?}");
+    assert!(local_after < third_after);
+}
+
+#[tokio::test]
+async fn the_end_waits_for_no_idle_connection_and_not_long_for_a_stream() {
+    let limits = Limits {
+        shutdown: Duration::from_millis(300),
+        ..Limits::default()
+    };
+    let mut served = Served::new(limits).await;
+    let _idle = served.tcp().await;
+    let mut events = served.events("").await.unwrap();
+    assert!(events.next().await.unwrap().is_some());
+    let began = Instant::now();
+    served.stop.take().unwrap().send(()).unwrap();
+    timeout(SOON, &mut served.server).await.unwrap().unwrap();
+    assert!(began.elapsed() >= Duration::from_millis(300));
+    assert!(!served.socket.exists());
+    // Its stream was cut, not ended.
+    assert!(events.next().await.is_err());
+    assert!(TcpStream::connect(served.addr).await.is_err());
+}
+
+#[tokio::test]
+async fn an_ended_stream_is_not_waited_for() {
+    let mut served = Served::new(Limits {
+        shutdown: Duration::from_secs(60),
+        ..Limits::default()
+    })
+    .await;
+    let mut events = served.events("").await.unwrap();
+    assert!(events.next().await.unwrap().is_some());
+    drop(served.backend.take_reader());
+    served.stop.take().unwrap().send(()).unwrap();
+    timeout(SOON, &mut served.server).await.unwrap().unwrap();
+    assert_eq!(events.next().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_named() {
+    let served = Served::new(Limits::default()).await;
+    let error = bind_tcp(served.addr).await.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        format!(
+            "can't listen on {}: the port is taken; stop what listens there, as `ss -tlnp` shows it, or choose \
+             another with --web.listen-address",
+            served.addr
+        )
+    );
+}
+
+#[tokio::test]
+async fn the_client_says_what_it_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let all = Subscription::default();
+    let connect = || Events::connect(&path, &all);
+    assert!(matches!(connect().await, Err(ConnectError::NotFound(_))));
+
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    assert!(matches!(connect().await, Err(ConnectError::NotServed(_))));
+
+    std::fs::remove_file(&path).unwrap();
+    let other = tokio::net::UnixListener::bind(&path).unwrap();
+    let answering = tokio::spawn(async move {
+        let (mut io, _) = other.accept().await.unwrap();
+        io.write_all(b"220 smtp ready\r\n").await.unwrap();
+    });
+    let error = connect().await.err().unwrap();
+    answering.await.unwrap();
+    assert!(matches!(error, ConnectError::NoDaemon { .. }), "{error}");
+    assert_eq!(error.to_string().lines().count(), 1);
+}

@@ -1,0 +1,41 @@
+//! The daemon's log: events on standard error, as text or as JSON.
+
+use std::io::{self, IsTerminal as _};
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::Layer as _;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
+
+use crate::config::{LogFormat, LogLevel};
+
+/// Sets up the log of this process. Of the libraries, only warnings and errors are shown.
+///
+/// # Errors
+/// There is one already.
+pub fn init(level: LogLevel, format: LogFormat) -> Result<(), TryInitError> {
+    let level = match level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Trace => LevelFilter::TRACE,
+    };
+    let shown = Targets::new()
+        // Also `tcpstate_ebpf`, whose messages come through aya-log.
+        .with_target("tcpstate", level)
+        .with_default(level.min(LevelFilter::WARN));
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let lines = match format {
+        LogFormat::Text => {
+            let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+            let color = io::stderr().is_terminal() && !plain;
+            lines.with_ansi(color).with_target(false).boxed()
+        }
+        LogFormat::Json => lines.json().flatten_event(true).with_target(false).boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(lines.with_filter(shown))
+        .try_init()
+}
