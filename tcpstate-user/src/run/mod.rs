@@ -45,7 +45,9 @@ fn fail(error: &anyhow::Error, status: ExitCode) -> ExitCode {
 fn resolve(netns: Netns) -> anyhow::Result<NetnsSelection> {
     Ok(match netns {
         Netns::All => NetnsSelection::All,
-        Netns::Own => NetnsSelection::One(netns::own().context("can't tell the own network namespace")?),
+        Netns::Own => {
+            NetnsSelection::One(netns::own().context("can't tell the own network namespace")?)
+        }
         Netns::Inode(inode) => NetnsSelection::One(inode),
     })
 }

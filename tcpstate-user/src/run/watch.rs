@@ -148,7 +148,10 @@ fn open(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
         Err(error) if args.socket.is_some() => Err(error.into()),
         Err(ConnectError::NotFound(_)) => direct(args, runtime),
         Err(ConnectError::NotServed(path)) => {
-            eprintln!("tcpstate: nobody serves the socket {}; tracing directly", path.display());
+            eprintln!(
+                "tcpstate: nobody serves the socket {}; tracing directly",
+                path.display()
+            );
             direct(args, runtime)
         }
         // Who may load programs needs no daemon; who may not is told how to reach it.

@@ -21,13 +21,17 @@ use tokio::sync::mpsc;
 pub use serve::{Limits, Listeners, bind_tcp, serve};
 pub use unix::{BindError, UnixSocket};
 
+use crate::export::prometheus;
 use crate::filter::Subscription;
 use crate::model::{Line, Start};
 
 /// What the answers are made of.
 pub trait Backend: Send + Sync + 'static {
     /// The metrics page, in the Prometheus text format.
-    fn metrics(&self) -> impl Future<Output = Vec<u8>> + Send;
+    ///
+    /// # Errors
+    /// There is none now.
+    fn metrics(&self) -> impl Future<Output = Result<String, Refusal>> + Send;
 
     /// The first snapshot is merged.
     fn is_ready(&self) -> bool;
@@ -45,7 +49,7 @@ pub struct Subscribed {
     pub batches: mpsc::Receiver<Vec<Line>>,
 }
 
-/// Why a reader gets no stream; one line.
+/// Why there is no answer; one line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// It asks for what can't be: 400.
@@ -83,9 +87,9 @@ fn local<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
     public(backend, telemetry_path).merge(events)
 }
 
-async fn metrics<B: Backend>(State(backend): State<Arc<B>>) -> Response {
-    let kind = "text/plain; version=0.0.4; charset=utf-8";
-    ([(header::CONTENT_TYPE, kind)], backend.metrics().await).into_response()
+async fn metrics<B: Backend>(State(backend): State<Arc<B>>) -> Result<Response, Refusal> {
+    let page = backend.metrics().await?;
+    Ok(([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], page).into_response())
 }
 
 async fn ready<B: Backend>(State(backend): State<Arc<B>>) -> (StatusCode, &'static str) {

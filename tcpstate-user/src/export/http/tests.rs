@@ -45,8 +45,8 @@ fn line(count: u64) -> Line {
 }
 
 impl Backend for Fake {
-    async fn metrics(&self) -> Vec<u8> {
-        b"up 1\n".to_vec()
+    async fn metrics(&self) -> Result<String, Refusal> {
+        Ok("up 1\n".to_owned())
     }
 
     fn is_ready(&self) -> bool {
