@@ -304,3 +304,19 @@ fn give_back_memory() {
         libc::malloc_trim(0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_read_as_they_are_written() {
+        for path in Path::ALL {
+            assert_eq!(path.to_string().parse(), Ok(path));
+        }
+        assert_eq!(
+            "kprobe".parse::<Path>().unwrap_err().to_string(),
+            "unknown attach path \"kprobe\"; one of tp_btf, tp_btf_no_cookie, tracepoint"
+        );
+    }
+}
