@@ -109,6 +109,8 @@ pub struct Session {
     lost: Array<MapData, u64>,
     /// The program and its link.
     ebpf: Ebpf,
+    #[cfg(feature = "ebpf-log")]
+    log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
 
 impl Session {
@@ -180,6 +182,9 @@ impl Session {
         let opened = |error: MapError| failed("open the counters")(&error);
         let transitions = take(&mut ebpf, "COUNTERS").map_err(opened)?;
         let lost = take(&mut ebpf, LOST).map_err(opened)?;
+        #[cfg(feature = "ebpf-log")]
+        let log = aya_log::EbpfLogger::init(&mut ebpf)
+            .map_err(|error| failed("open the debug log")(&error))?;
         give_back_memory();
         Ok(Self {
             path,
@@ -187,6 +192,8 @@ impl Session {
             transitions,
             lost,
             ebpf,
+            #[cfg(feature = "ebpf-log")]
+            log,
         })
     }
 
@@ -208,6 +215,8 @@ impl Session {
         sink: impl FnMut(Result<SetState, BadRecord>),
         budget: usize,
     ) -> Drained {
+        #[cfg(feature = "ebpf-log")]
+        self.log.flush();
         ring::drain(&mut self.ring, sink, budget)
     }
 
