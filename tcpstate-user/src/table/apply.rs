@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tcpstate_common::SetState;
 use tcpstate_common::TcpState;
-use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_TASK};
+use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
 use super::{
@@ -421,7 +421,9 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
         let known = socket
             .owner
             .is_some_and(|owner| owner.source != OwnerSource::Listener);
-        if known || !event.has(FLAG_TASK) {
+        // `ss -K` of a listener runs in the task of `ss`, and unlike close sets no mask.
+        let aborted = from == TcpState::LISTEN && event.shutdown & SEND_SHUTDOWN == 0;
+        if known || aborted || !event.has(FLAG_TASK) {
             return;
         }
     }

@@ -360,6 +360,11 @@ fn the_closer_owns_only_what_nobody_else_is_known_to_own() {
     let watched = run(Identity::Cookie, &[closed]);
     assert_eq!(watched.last().source, Some(OwnerSource::Closer));
     assert_eq!(watched.last().dwell, Dwell::Unknown(Discard::StartUnseen));
+    // `ss -K` of a listener, and its close.
+    let killed = by(event(9, 5, LISTEN, CLOSE), 42, "ss");
+    assert_eq!(run(Identity::Cookie, &[killed]).last().pid, None);
+    let closed = with(killed, |event| event.shutdown = 3);
+    assert_eq!(run(Identity::Cookie, &[closed]).last().pid, Some(42));
     // Without the flag the process is a bystander.
     let received = event(9, 5, ESTABLISHED, CLOSE_WAIT);
     assert_eq!(run(Identity::Cookie, &[received]).last().pid, None);
