@@ -1,0 +1,489 @@
+//! The daemon against the running kernel: what it counts, what it leaves behind, what it says when it can't work.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::lab::until;
+use crate::sockets::Tcp;
+use crate::sys;
+use crate::tracer::product;
+
+const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// A daemon in the calling thread's network namespace, which sees only that.
+struct Daemon {
+    child: Child,
+    socket: PathBuf,
+    _folder: TempDir,
+}
+
+impl Daemon {
+    fn start(arguments: &[&str]) -> Self {
+        let folder = TempDir::new().expect("a folder");
+        let socket = folder.path().join("socket");
+        let mut child = Command::new(product())
+            .args(["daemon", "--netns", "self", "--socket"])
+            .arg(&socket)
+            .args(["--web.listen-address", "127.0.0.1:10975"])
+            .args(arguments)
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the product starts");
+        let mut said = BufReader::new(child.stderr.take().expect("piped")).lines();
+        let begun = said.by_ref().map_while(Result::ok);
+        let seen: Vec<String> = begun
+            .take_while(|line| !line.starts_with("tracing "))
+            .collect();
+        let daemon = Self {
+            child,
+            socket,
+            _folder: folder,
+        };
+        // Its log must not fill the pipe.
+        thread::spawn(move || said.for_each(drop));
+        until(&format!("the daemon is ready; it said {seen:?}"), || {
+            daemon.get("/-/ready").0 == 200
+        });
+        daemon
+    }
+
+    /// Status and body.
+    fn get(&self, path: &str) -> (u16, String) {
+        let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
+        write!(connection, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("sent");
+        let mut answer = String::new();
+        connection.read_to_string(&mut answer).expect("an answer");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        let status = head.split(' ').nth(1).expect("a status line");
+        (status.parse().expect("a number"), body.to_owned())
+    }
+
+    fn metrics(&self) -> Metrics {
+        let (status, page) = self.get("/metrics");
+        assert_eq!(status, 200, "{page}");
+        let series = page.lines().filter(|line| !line.starts_with('#'));
+        let series = series.map(|line| {
+            let (name, value) = line.rsplit_once(' ').expect("a value");
+            (name.to_owned(), value.parse().expect("a number"))
+        });
+        Metrics(series.collect())
+    }
+
+    fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // It may have ended in the test.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Metrics(BTreeMap<String, f64>);
+
+impl Metrics {
+    fn get(&self, series: &str) -> f64 {
+        *self.0.get(series).unwrap_or_else(|| panic!("no {series}"))
+    }
+
+    /// Over all series of the metric.
+    fn sum(&self, metric: &str) -> f64 {
+        let of_it = |name: &&String| name.split('{').next() == Some(metric);
+        let names = self.0.keys().filter(of_it);
+        names.map(|name| self.0[name]).sum()
+    }
+
+    fn state(&self, state: &str) -> f64 {
+        self.get(&format!("tcpstate_sockets{{state=\"{state}\"}}"))
+    }
+}
+
+/// Runs in a network namespace of its own: the thread's.
+fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
+    let run = || test(sys::new_namespace().expect("network namespaces need root"));
+    thread::spawn(run)
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+/// How many connections were opened and reset, by one thread as fast as it can.
+fn storm(time: Duration) -> u64 {
+    let listener = Tcp::listening(LOOPBACK, 16);
+    let address = listener.local();
+    let end = Instant::now() + time;
+    let mut connections = 0;
+    while Instant::now() < end {
+        for _ in 0..100 {
+            let client = Tcp::connected(address);
+            let server = listener.accept();
+            client.reset_on_close();
+            drop(client);
+            drop(server);
+            connections += 1;
+        }
+    }
+    connections
+}
+
+/// Seconds that the storm takes: 30 for the figure in docs/performance.md, fewer in each run of the suite.
+fn storm_time() -> Duration {
+    let seconds = std::env::var("TCPSTATE_STORM_SECONDS");
+    Duration::from_secs(seconds.map_or(5, |text| text.parse().expect("seconds")))
+}
+
+#[test]
+fn every_transition_of_a_storm_is_counted_and_none_is_lost() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&[]);
+        let before = daemon.metrics();
+        let time = storm_time();
+        let connections = storm(time);
+        let after = daemon.metrics();
+        let grew = |metric| after.sum(metric) - before.sum(metric);
+        let expected = (6 * connections + 2) as f64;
+        // Six each, and the listener's own two.
+        assert_eq!(grew("tcpstate_kernel_transitions_total"), expected);
+        assert_eq!(grew("tcpstate_events_received_total"), expected);
+        assert_eq!(grew("tcpstate_events_lost_total"), 0.0);
+        assert_eq!(grew("tcpstate_connections_total"), (2 * connections) as f64);
+        let end = |end: &str| {
+            let comm = fs::read_to_string("/proc/self/comm").expect("/proc is mounted");
+            let comm = comm.trim();
+            after.get(&format!(
+                "tcpstate_connection_ends_total{{comm=\"{comm}\",end=\"{end}\"}}"
+            ))
+        };
+        assert_eq!(end("reset_sent"), connections as f64);
+        assert_eq!(end("reset_received"), connections as f64);
+        assert_eq!(after.sum("tcpstate_corrections_total"), 0.0);
+        assert_eq!(after.state("established"), 0.0);
+        let rate = connections as f64 / time.as_secs_f64();
+        println!("{connections} connections, {rate:.0} a second, none lost");
+    });
+}
+
+/// The daemon starts after them: it must find them all, and follow them from there.
+#[test]
+fn the_gauges_start_right_and_stay_so() {
+    in_namespace(|_| {
+        let listener = Tcp::listening(LOOPBACK, 8);
+        let pairs: Vec<(Tcp, Tcp)> = (0..5)
+            .map(|_| {
+                let client = Tcp::connected(listener.local());
+                (client, listener.accept())
+            })
+            .collect();
+        let (mut clients, servers): (Vec<Tcp>, Vec<Tcp>) = pairs.into_iter().unzip();
+        // Two orphans in FIN_WAIT2, and two that their servers leak.
+        drop(clients.drain(..2));
+        let daemon = Daemon::start(&[]);
+        let states = [
+            "listen",
+            "established",
+            "close_wait",
+            "fin_wait2",
+            "time_wait",
+        ];
+        let gauges = || states.map(|state| daemon.metrics().state(state));
+        assert_eq!(gauges(), [1.0, 6.0, 2.0, 2.0, 0.0]);
+        // The servers close what was leaked: the orphans get their FIN.
+        let mut servers = servers;
+        drop(servers.drain(..2));
+        thread::sleep(Duration::from_millis(1100));
+        assert_eq!(gauges(), [1.0, 6.0, 0.0, 0.0, 2.0]);
+        // One more connection, closed by both: its TIME_WAIT is told by an event.
+        drop(clients.pop());
+        drop(servers.pop());
+        thread::sleep(Duration::from_millis(1100));
+        assert_eq!(gauges(), [1.0, 4.0, 0.0, 0.0, 3.0]);
+        let metrics = daemon.metrics();
+        assert_eq!(metrics.sum("tcpstate_corrections_total"), 0.0);
+        assert_eq!(
+            metrics.sum("tcpstate_process_sockets"),
+            metrics.sum("tcpstate_sockets")
+        );
+    });
+}
+
+/// Programs and maps that the process holds, as `kind:id`.
+fn bpf_objects(pid: u32) -> Vec<String> {
+    let folder = format!("/proc/{pid}/fdinfo");
+    let entries = fs::read_dir(folder).expect("the process lives");
+    let infos = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
+    infos
+        .flat_map(|info| {
+            info.lines()
+                .filter_map(|line| {
+                    let (key, id) = line.split_once(':')?;
+                    matches!(key, "prog_id" | "map_id" | "link_id")
+                        .then(|| format!("{key}:{}", id.trim()))
+                })
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+/// Whether the kernel still has the object.
+fn is_there(object: &str) -> bool {
+    #[repr(C)]
+    struct Attr {
+        id: u32,
+        next_id: u32,
+        open_flags: u32,
+    }
+    let (kind, id) = object.split_once(':').expect("kind:id");
+    // BPF_PROG_GET_FD_BY_ID, BPF_MAP_GET_FD_BY_ID, BPF_LINK_GET_FD_BY_ID
+    let command = match kind {
+        "prog_id" => 13,
+        "map_id" => 14,
+        _ => 30,
+    };
+    let attr = Attr {
+        id: id.parse().expect("a number"),
+        next_id: 0,
+        open_flags: 0,
+    };
+    // SAFETY: the command reads the attribute within the size given, and opens a descriptor or fails.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, &raw const attr, size_of::<Attr>()) };
+    if fd >= 0 {
+        // SAFETY: the descriptor is new and ours.
+        unsafe { libc::close(fd as i32) };
+    }
+    fd >= 0
+}
+
+#[test]
+fn nothing_is_left_after_the_end_nor_after_kill() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGKILL] {
+        in_namespace(move |_| {
+            let mut daemon = Daemon::start(&[]);
+            let objects = bpf_objects(daemon.pid());
+            let kinds = |kind: &str| {
+                objects
+                    .iter()
+                    .filter(|object| object.starts_with(kind))
+                    .count()
+            };
+            assert!(kinds("prog_id") > 0 && kinds("map_id") > 0, "{objects:?}");
+            assert!(objects.iter().all(|object| is_there(object)), "{objects:?}");
+            // SAFETY: sends a signal to a child that has not been waited for.
+            unsafe { libc::kill(daemon.pid() as i32, signal) };
+            let status = daemon.child.wait().expect("it ends");
+            if signal == libc::SIGKILL {
+                assert!(!status.success());
+            } else {
+                assert!(status.success(), "{status}");
+                assert!(!daemon.socket.exists(), "the socket's file is left");
+            }
+            until("the kernel has nothing of it", || {
+                !objects.iter().any(|object| is_there(object))
+            });
+        });
+    }
+}
+
+/// From the kernel's time stamp to the line's arrival, with the tick between.
+#[test]
+fn a_line_comes_within_a_tenth_of_a_second() {
+    in_namespace(|inode| {
+        let mut child = Command::new(product())
+            .args([
+                "watch",
+                "--direct",
+                "-o",
+                "json",
+                "--netns",
+                &inode.to_string(),
+            ])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the product starts");
+        let mut said = BufReader::new(child.stderr.take().expect("piped")).lines();
+        assert!(
+            said.next()
+                .is_some_and(|line| line.expect("text").starts_with("tracing "))
+        );
+        let lines = BufReader::new(child.stdout.take().expect("piped")).lines();
+        let reader = thread::spawn(move || {
+            let mut delays = Vec::new();
+            for line in lines.map_while(Result::ok) {
+                let now = SystemTime::now()
+                    .duration_since(UNIX_EPOCH)
+                    .expect("after 1970");
+                let line: Value = serde_json::from_str(&line).expect("JSON");
+                if line["type"] == "transition" {
+                    let time = line["time"].as_str().expect("a string");
+                    let time: jiff::Timestamp = time.parse().expect("RFC 3339");
+                    let delay = now.as_nanos() as i128 - time.as_nanosecond();
+                    delays.push(Duration::from_nanos(delay.unsigned_abs() as u64));
+                }
+            }
+            delays
+        });
+        let nobody = SocketAddr::new(LOOPBACK, 9);
+        for _ in 0..200 {
+            drop(Tcp::new(LOOPBACK).connect(nobody));
+            thread::sleep(Duration::from_millis(7));
+        }
+        thread::sleep(Duration::from_millis(200));
+        // SAFETY: sends a signal to a child that has not been waited for.
+        unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+        assert!(child.wait().expect("it ends").success());
+        let mut delays = reader.join().expect("the reader");
+        assert_eq!(delays.len(), 400);
+        delays.sort();
+        let (p50, p99) = (delays[200], delays[396]);
+        println!("from the kernel to the line: p50 {p50:?}, p99 {p99:?}");
+        assert!(p99 < Duration::from_millis(100), "p99 {p99:?}");
+    });
+}
+
+/// What the product says on stderr, and its status.
+fn refused(command: &mut Command) -> (i32, String) {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .expect("the product starts");
+    let said = String::from_utf8(output.stderr).expect("text");
+    (output.status.code().expect("no signal"), said)
+}
+
+#[test]
+fn what_is_taken_is_said() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&[]);
+        let other = |socket: &Path, port: &str| {
+            refused(
+                Command::new(product())
+                    .args(["daemon", "--netns", "self", "--socket"])
+                    .arg(socket)
+                    .args(["--web.listen-address", port]),
+            )
+        };
+        let (status, said) = other(&daemon.socket, "127.0.0.1:0");
+        assert_eq!(status, 1);
+        assert!(
+            said.contains("is served by another tcpstate daemon"),
+            "{said}"
+        );
+        assert_eq!(said.lines().count(), 1, "{said}");
+        let free = daemon.socket.with_extension("free");
+        let (status, said) = other(&free, "127.0.0.1:10975");
+        assert_eq!(status, 1);
+        assert!(said.contains("the port is taken"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(!free.exists());
+        // A file that nobody serves any more is no obstacle.
+        drop(UnixListener::bind(&free).expect("a socket"));
+        assert!(free.exists());
+        let mut second = Command::new(product())
+            .args(["daemon", "--netns", "self", "--socket"])
+            .arg(&free)
+            .args(["--web.listen-address", "127.0.0.1:0"])
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the product starts");
+        until("the second daemon serves", || {
+            UnixStream::connect(&free).is_ok()
+        });
+        // And it does not disturb the first.
+        assert_eq!(daemon.get("/-/healthy").0, 200);
+        second.kill().expect("it lives");
+        second.wait().expect("it ends");
+    });
+}
+
+#[test]
+fn who_may_not_trace_is_told_what_is_missing() {
+    in_namespace(|_| {
+        let nobody = |arguments: &[&str]| {
+            let mut command = Command::new(product());
+            command.args(arguments).uid(65534).gid(65534);
+            refused(&mut command)
+        };
+        let (status, said) = nobody(&["watch", "--direct", "--netns", "self"]);
+        assert_eq!((status, said.lines().count()), (1, 1), "{said}");
+        assert!(said.contains("CAP_BPF"), "{said}");
+        let (status, said) = nobody(&["watch", "--direct"]);
+        assert_eq!((status, said.lines().count()), (1, 1), "{said}");
+        assert!(said.contains("CAP_"), "{said}");
+        let (status, said) = nobody(&["watch", "--direct", "--netns", "1"]);
+        assert_eq!((status, said.lines().count()), (1, 1), "{said}");
+        assert!(said.contains("no network namespace 1"), "{said}");
+    });
+}
+
+/// A reader of the daemon's stream needs no rights but the socket's.
+#[test]
+fn the_daemons_stream_is_the_tracers() {
+    in_namespace(|inode| {
+        let daemon = Daemon::start(&[]);
+        let mut watch = Command::new(product())
+            .args([
+                "watch",
+                "-o",
+                "json",
+                "-c",
+                "2",
+                "--to",
+                "close,listen",
+                "--netns",
+            ])
+            .arg(inode.to_string())
+            .arg("--socket")
+            .arg(&daemon.socket)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the product starts");
+        let mut said = BufReader::new(watch.stderr.take().expect("piped")).lines();
+        let begun = said.next().expect("a line").expect("text");
+        assert!(begun.starts_with("tracing "), "{begun}");
+        let listener = TcpListener::bind((LOOPBACK, 0)).expect("a listener");
+        let address = listener.local_addr().expect("an address");
+        drop(TcpStream::connect(address).expect("connected"));
+        drop(listener);
+        let output = watch.wait_with_output().expect("it ends");
+        assert!(output.status.success(), "{:?}", output.status);
+        let lines: Vec<Value> = String::from_utf8(output.stdout)
+            .expect("text")
+            .lines()
+            .map(|line| serde_json::from_str(line).expect("JSON"))
+            .collect();
+        let [start, first, _] = &lines[..] else {
+            panic!("{lines:?}");
+        };
+        assert_eq!(start["source"], "daemon");
+        assert_eq!(start["netns"], inode);
+        assert_eq!(
+            (&first["from"], &first["to"]),
+            (&"CLOSE".into(), &"LISTEN".into())
+        );
+        assert_eq!(first["local_port"], address.port());
+        assert_eq!(first["pid"], std::process::id());
+        // Another namespace is not its to show.
+        let (status, said) = refused(
+            Command::new(product())
+                .args(["watch", "--netns", "1", "--socket"])
+                .arg(&daemon.socket),
+        );
+        assert_eq!(status, 1, "{said}");
+        assert!(said.contains("network namespace 1 is not traced"), "{said}");
+        assert_eq!(daemon.get("/v1/events?colour=red").0, 400);
+    });
+}

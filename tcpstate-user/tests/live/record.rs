@@ -1,0 +1,74 @@
+//! The kernel's events as the product's kernel side hands them on: none missing, and, where asked, kept as a fixture.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+
+use tcpstate_common::SetState;
+use tcpstate_user::kernel::{Netns, Options, Session};
+use zerocopy::IntoBytes as _;
+
+use crate::lab::{Attach, Lab};
+use crate::six;
+
+/// Where to put the fixture: a file, or `-` for stderr, each line marked with [`MARK`].
+const RECORD: &str = "TCPSTATE_RECORD";
+const MARK: &str = "record: ";
+
+/// Runs the six sequences under a session of our own and compares what came with what the kernel counted.
+pub fn six_sequences() {
+    Lab::run(Attach::Best, |lab| {
+        let options = Options {
+            netns: Netns::Inode(lab.inode),
+            ring_size: 1 << 20,
+            path: None,
+        };
+        let mut session = Session::start(&options).expect("a second program on the tracepoint");
+        six::all(lab);
+        lab.settle();
+        let mut events = Vec::new();
+        session.drain(|record| events.push(record), usize::MAX);
+        let events: Vec<SetState> = events
+            .into_iter()
+            .collect::<Result<_, _>>()
+            .expect("records of the right length");
+        let counters = session.counters().expect("the kernel's counters");
+        let counted: u64 = counters.transitions.iter().flatten().sum();
+        assert_eq!((events.len() as u64, counters.ring_full), (counted, 0));
+        assert!(counted > 40, "only {counted} transitions of six sequences");
+        if let Some(target) = std::env::var_os(RECORD) {
+            let fixture = fixture(&events, session.cookies());
+            if target == "-" {
+                let marked: String = fixture.lines().fold(String::new(), |mut all, line| {
+                    writeln!(all, "{MARK}{line}").expect("memory");
+                    all
+                });
+                // Not eprint, which the harness keeps to itself.
+                std::io::stderr()
+                    .write_all(marked.as_bytes())
+                    .expect("stderr");
+            } else {
+                fs::write(target, fixture).expect("the fixture can be written");
+            }
+        }
+    });
+}
+
+/// Text: what the events mean depends on, then a record in hexadecimal a line. Addresses of the kernel's memory are
+/// replaced by numbers of the same kind, for they are nobody's business.
+fn fixture(events: &[SetState], cookies: bool) -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc is mounted");
+    let identity = if cookies { "cookie" } else { "address" };
+    let mut text = format!("kernel {}identity {identity}\n", release);
+    let mut addresses = BTreeMap::new();
+    for event in events {
+        let next = 0xffff_8880_0000_0000 + 4096 * addresses.len() as u64;
+        let sk = *addresses.entry(event.sk).or_insert(next);
+        for byte in (SetState { sk, ..*event }).as_bytes() {
+            write!(text, "{byte:02x}").expect("memory");
+        }
+        text.push('\n');
+    }
+    text
+}
