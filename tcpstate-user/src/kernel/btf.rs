@@ -342,7 +342,7 @@ impl Struct<'_> {
             last = Some(member);
         }
         let member = last.ok_or_else(|| BtfError::NoField(full()))?;
-        if member.bit_field || !bits.is_multiple_of(8) {
+        if member.bit_field || bits % 8 != 0 {
             return Err(BtfError::BitField(full()));
         }
         match self.btf.size(member.type_id)?.unwrap_or(0) {
@@ -418,6 +418,3 @@ fn u32_at(bytes: &[u8], at: usize) -> Result<u32, BtfError> {
         .map(|chunk| u32::from_ne_bytes(*chunk))
         .ok_or(Malformed(at))
 }
-
-#[cfg(test)]
-mod tests;

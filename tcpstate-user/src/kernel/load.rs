@@ -109,8 +109,6 @@ pub struct Session {
     lost: Array<MapData, u64>,
     /// The program and its link.
     ebpf: Ebpf,
-    #[cfg(feature = "ebpf-log")]
-    log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
 
 impl Session {
@@ -182,9 +180,6 @@ impl Session {
         let opened = |error: MapError| failed("open the counters")(&error);
         let transitions = take(&mut ebpf, "COUNTERS").map_err(opened)?;
         let lost = take(&mut ebpf, LOST).map_err(opened)?;
-        #[cfg(feature = "ebpf-log")]
-        let log = aya_log::EbpfLogger::init(&mut ebpf)
-            .map_err(|error| failed("open the debug log")(&error))?;
         give_back_memory();
         Ok(Self {
             path,
@@ -192,8 +187,6 @@ impl Session {
             transitions,
             lost,
             ebpf,
-            #[cfg(feature = "ebpf-log")]
-            log,
         })
     }
 
@@ -215,8 +208,6 @@ impl Session {
         sink: impl FnMut(Result<SetState, BadRecord>),
         budget: usize,
     ) -> Drained {
-        #[cfg(feature = "ebpf-log")]
-        self.log.flush();
         ring::drain(&mut self.ring, sink, budget)
     }
 
@@ -311,21 +302,5 @@ fn give_back_memory() {
     // SAFETY: takes no pointer, and locks what it works on.
     unsafe {
         libc::malloc_trim(0);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_are_read_as_they_are_written() {
-        for path in Path::ALL {
-            assert_eq!(path.to_string().parse(), Ok(path));
-        }
-        assert_eq!(
-            "kprobe".parse::<Path>().unwrap_err().to_string(),
-            "unknown attach path \"kprobe\"; one of tp_btf, tp_btf_no_cookie, tracepoint"
-        );
     }
 }

@@ -37,7 +37,7 @@ pub struct Expected {
     pub states: &'static str,
     pub role: Option<&'static str>,
     pub owner_source: &'static str,
-    pub pid: u32,
+    pub pid: Option<u32>,
     pub end: Option<&'static str>,
     /// Bounds of the last dwell that is told, by the test's own clock.
     pub dwell: Option<(Duration, Duration)>,
@@ -51,7 +51,7 @@ impl Expected {
     }
 
     pub fn pid(mut self, pid: u32) -> Self {
-        self.pid = pid;
+        self.pid = Some(pid);
         self
     }
 
@@ -69,7 +69,7 @@ fn expected(who: &'static str, states: &'static str) -> Expected {
         states,
         role: None,
         owner_source: "listen",
-        pid: std::process::id(),
+        pid: Some(std::process::id()),
         end: None,
         dwell: None,
     }
@@ -107,6 +107,16 @@ pub fn listener(local: SocketAddr, states: &'static str) -> Expected {
     Expected {
         local: Some(local),
         ..expected("listener", states)
+    }
+}
+
+/// A closed socket told to be closed, with no connection to belong to.
+pub fn closed(local: SocketAddr) -> Expected {
+    Expected {
+        local: Some(local),
+        owner_source: "none",
+        pid: None,
+        ..expected("closed socket", "CLOSE CLOSE")
     }
 }
 
@@ -151,6 +161,7 @@ impl Lab {
                 // It sees every namespace: these addresses are nobody else's.
                 addresses = [Ipv4Addr::new(127, 77, 0, 1).into(), sys::v6(77)];
                 sys::add_address("lo", addresses[1]).expect("an address for lo");
+                sys::wait_for_address(addresses[1]).expect("an address for lo");
                 arguments.extend(["all", "--attach", "tracepoint"]);
             }
         }
@@ -207,38 +218,27 @@ impl Lab {
     }
 
     fn finish(self) {
+        // What is still on its way; then the marker shows that nothing else is.
+        self.tracer.wait_until(Duration::from_secs(10), |lines| {
+            judge::all_told(&self.expected, &self.sockets(lines))
+        });
         self.settle();
-        let finished = SystemTime::now();
         let (status, lines, said) = self.tracer.stop();
+        let finished = SystemTime::now();
         assert!(
             status.success(),
             "SIGTERM ended the product with {status}; it said {said:?}"
         );
-        let ours = |line: &Value| {
-            self.addresses.iter().any(|address| {
-                let address = address.to_string();
-                line["local_addr"] == *address || line["remote_addr"] == *address
-            })
-        };
-        let everything = self.attach == Attach::Tracepoint;
         let context = Context {
             attach: self.attach,
-            netns: if everything { None } else { Some(self.inode) },
+            netns: (self.attach != Attach::Tracepoint).then_some(self.inode),
             window: (unix_ns(self.started), unix_ns(finished)),
         };
-        if !everything {
+        if context.netns.is_some() {
             assert_eq!(said.len(), 1, "more than the line `tracing …`: {said:?}");
         }
         judge::stream(&lines, &context);
-        let marker = SocketAddr::new(self.addresses[0], judge::MARKER_PORT);
-        let mut sockets: BTreeMap<&str, Seen<'_>> = BTreeMap::new();
-        for line in lines.iter().filter(|line| line["type"] == "transition") {
-            if is_marker(line, marker) || (everything && !ours(line)) {
-                continue;
-            }
-            let id = line["id"].as_str().expect("id is a string");
-            sockets.entry(id).or_default().lines.push(line);
-        }
+        let sockets = sockets_of(&lines, self.attach, self.addresses);
         let mut complaints = judge::sockets(&self.expected, &sockets, &context);
         for (first, then) in self.same {
             complaints.extend(judge::generations(first, then, &sockets, &context));
@@ -252,6 +252,30 @@ impl Lab {
         }
         drop(self.kept);
     }
+
+    fn sockets<'a>(&self, lines: &'a [Value]) -> BTreeMap<&'a str, Seen<'a>> {
+        sockets_of(lines, self.attach, self.addresses)
+    }
+}
+
+/// The lab's own sockets by id, without the markers.
+fn sockets_of(lines: &[Value], attach: Attach, addresses: [IpAddr; 2]) -> BTreeMap<&str, Seen<'_>> {
+    let marker = SocketAddr::new(addresses[0], judge::MARKER_PORT);
+    let ours = |line: &Value| {
+        addresses.iter().any(|address| {
+            let address = address.to_string();
+            line["local_addr"] == *address || line["remote_addr"] == *address
+        })
+    };
+    let mut sockets: BTreeMap<&str, Seen<'_>> = BTreeMap::new();
+    for line in lines.iter().filter(|line| line["type"] == "transition") {
+        if is_marker(line, marker) || (attach == Attach::Tracepoint && !ours(line)) {
+            continue;
+        }
+        let id = line["id"].as_str().expect("id is a string");
+        sockets.entry(id).or_default().lines.push(line);
+    }
+    sockets
 }
 
 fn is_marker(line: &Value, address: SocketAddr) -> bool {

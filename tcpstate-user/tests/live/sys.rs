@@ -3,10 +3,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
@@ -49,7 +50,22 @@ pub fn set_up(interface: &str, up: bool) -> io::Result<()> {
     interface_ioctl(AddressFamily::INET, libc::SIOCSIFFLAGS, &request)
 }
 
-/// With a prefix of 24 bits, or 64.
+/// Waits until sockets can have it: an IPv6 address waits for its link, and for work that the kernel puts off.
+pub fn wait_for_address(address: IpAddr) -> io::Result<()> {
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        match UdpSocket::bind((address, 0)) {
+            Ok(_) => return Ok(()),
+            Err(error) if Instant::now() > end => {
+                let text = format!("{address} does not become valid: {error}");
+                return Err(io::Error::new(error.kind(), text));
+            }
+            Err(_) => thread::sleep(Duration::from_millis(2)),
+        }
+    }
+}
+
+/// With a prefix of 24 bits, or 64; valid once the link is there.
 pub fn add_address(interface: &str, address: IpAddr) -> io::Result<()> {
     match address {
         IpAddr::V4(v4) => {
@@ -140,6 +156,7 @@ pub fn silent_network(addresses: &[IpAddr]) -> io::Result<File> {
     set_up("silent", true)?;
     for &address in addresses {
         add_address("silent", address)?;
+        wait_for_address(address)?;
     }
     Ok(tun)
 }
@@ -169,6 +186,8 @@ impl Neighbor {
         })?;
         set_up("wire0", true)?;
         ours.iter().try_for_each(|&ip| add_address("wire0", ip))?;
+        ours.into_iter().try_for_each(wait_for_address)?;
+        neighbor.run(move || theirs.into_iter().try_for_each(wait_for_address))?;
         Ok(neighbor)
     }
 
@@ -214,7 +233,8 @@ fn add_wire(name: &str, peer: &str, namespace: BorrowedFd<'_>) -> io::Result<()>
     ]
     .concat();
     let create = (libc::NLM_F_CREATE | libc::NLM_F_EXCL) as u16;
-    netlink_request(netlink::ROUTE, RTM_NEWLINK, create, &message)
+    // Protocol 0 is NETLINK_ROUTE.
+    netlink_request(None, RTM_NEWLINK, create, &message)
 }
 
 fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
@@ -256,12 +276,12 @@ pub fn destroy(local: SocketAddr, remote: Option<SocketAddr>) -> io::Result<()> 
         &[0xff; 8],
     ]
     .concat();
-    netlink_request(netlink::SOCK_DIAG, SOCK_DESTROY, 0, &message)
+    netlink_request(Some(netlink::SOCK_DIAG), SOCK_DESTROY, 0, &message)
 }
 
 /// Sends one request and waits for the kernel's word on it.
 fn netlink_request(
-    protocol: rustix::net::Protocol,
+    protocol: Option<rustix::net::Protocol>,
     kind: u16,
     flags: u16,
     payload: &[u8],
@@ -271,7 +291,7 @@ fn netlink_request(
         AddressFamily::NETLINK,
         SocketType::DGRAM,
         SocketFlags::CLOEXEC,
-        Some(protocol),
+        protocol,
     )?;
     rustix::net::connect(&socket, &netlink::SocketAddrNetlink::new(0, 0))?;
     let flags = flags | (libc::NLM_F_REQUEST | libc::NLM_F_ACK) as u16;
@@ -324,16 +344,13 @@ impl Fork {
             pid => Ok(Self { pid: pid as u32 }),
         }
     }
-
-    pub fn kill(&self) {
-        // SAFETY: no memory is involved; the pid is that of our child, which nobody else waits for.
-        unsafe { libc::kill(self.pid as i32, libc::SIGKILL) };
-    }
 }
 
+/// Kills it; afterwards its descriptors are closed.
 impl Drop for Fork {
     fn drop(&mut self) {
-        self.kill();
+        // SAFETY: no memory is involved; the pid is that of our child, which nobody else waits for.
+        unsafe { libc::kill(self.pid as i32, libc::SIGKILL) };
         // SAFETY: without a place for the status nothing is written.
         unsafe { libc::waitpid(self.pid as i32, std::ptr::null_mut(), 0) };
     }

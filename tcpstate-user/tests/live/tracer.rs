@@ -113,10 +113,6 @@ impl Tracer {
         tracer
     }
 
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Waits for a line of stdout, as JSON, that satisfies `wanted`.
     pub fn wait_for(&self, what: &str, mut wanted: impl FnMut(&Value) -> bool) {
         let mut seen = 0;
@@ -131,6 +127,15 @@ impl Tracer {
             self.stdout.lock().lines.join("\n"),
             self.stderr.lock().lines
         );
+    }
+
+    /// Waits, but not for ever, until what it wrote is enough.
+    pub fn wait_until(&self, patience: Duration, mut enough: impl FnMut(&[Value]) -> bool) {
+        let mut parsed = Vec::new();
+        self.stdout.wait(patience, |lines| {
+            parsed.extend(lines[parsed.len()..].iter().map(|line| parse(line)));
+            enough(&parsed)
+        });
     }
 
     /// Asks it to end and gives how it did, what it wrote and what it said.
