@@ -95,7 +95,7 @@ impl Row<'_> {
         self.put(Some(t.evidence.name()));
         self.put(t.role.map(Named::name));
         self.put(process.map(|process| process.pid));
-        self.put(process.map(|process| process.comm));
+        self.put(process.and_then(|process| process.comm));
         self.put(t.uid);
         self.put(t.container.as_deref());
         self.put(Some(t.owner.map_or("none", |owner| owner.source.name())));

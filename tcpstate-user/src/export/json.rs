@@ -55,7 +55,13 @@ impl Json {
         plain(out, "evidence", Some(t.evidence.name()));
         plain(out, "role", t.role.map(Named::name));
         number(out, "pid", process.map(|process| process.pid));
-        text(out, "comm", process.map(|process| process.comm.to_string()));
+        text(
+            out,
+            "comm",
+            process
+                .and_then(|process| process.comm)
+                .map(|comm| comm.to_string()),
+        );
         number(out, "uid", t.uid);
         text(out, "container", t.container.as_deref());
         let source = t.owner.map_or("none", |owner| owner.source.name());

@@ -157,10 +157,10 @@ fn owner(pid: Option<u32>, comm: Option<&str>, source: &str) -> Result<Option<Ow
     if source == "none" {
         return Ok(None);
     }
-    let (Some(pid), Some(comm)) = (pid, comm) else {
+    let Some(pid) = pid else {
         return Err(ParseError::Field {
             field: "owner_source",
-            problem: format!("`{}` without pid and comm", source.escape_debug()),
+            problem: format!("`{}` without pid", source.escape_debug()),
         });
     };
     Ok(Some(Owner {
@@ -168,7 +168,7 @@ fn owner(pid: Option<u32>, comm: Option<&str>, source: &str) -> Result<Option<Ow
             pid,
             // No line says it, and no output shows it: only the tracer itself has to tell reused pids apart.
             start_ns: 0,
-            comm: Comm::from_escaped(comm),
+            comm: comm.map(Comm::from_escaped),
         },
         source: named("owner_source", source)?,
     }))

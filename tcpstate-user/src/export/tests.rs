@@ -25,7 +25,7 @@ fn owner(pid: u32, comm: &[u8], source: OwnerSource) -> Option<Owner> {
         process: Process {
             pid,
             start_ns: 0,
-            comm: Comm::from_bytes(comm),
+            comm: Some(Comm::from_bytes(comm)),
         },
         source,
     })

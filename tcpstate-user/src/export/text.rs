@@ -125,7 +125,7 @@ impl Text {
         let process = t.owner.map(|owner| owner.process);
         self.clock(t.time_ns);
         self.cell(PID, known(process.map(|process| process.pid)));
-        self.cell(COMM, known(process.map(|process| process.comm)));
+        self.cell(COMM, known(process.and_then(|process| process.comm)));
         self.cell(ENDPOINT, At(t.local));
         self.cell(ENDPOINT, At(t.remote));
         self.styled(

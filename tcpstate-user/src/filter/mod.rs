@@ -122,9 +122,11 @@ impl Filter {
             && holds_of(&self.laddr, [t.local.addr], Network::matches)
             && holds_of(&self.raddr, [t.remote.addr], Network::matches)
             && holds_of(&self.pid, [process], |pid, process| pid.0 == process.pid)
-            && holds_of(&self.comm, [process], |glob, process| {
-                glob.matches(&process.comm)
-            })
+            && holds_of(
+                &self.comm,
+                [process.and_then(|process| process.comm)],
+                |glob, comm| glob.matches(&comm),
+            )
             && holds_of(
                 &self.container,
                 [t.container.as_deref()],

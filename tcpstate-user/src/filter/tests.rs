@@ -31,7 +31,7 @@ fn known() -> Transition {
             process: Process {
                 pid: 4388,
                 start_ns: 1,
-                comm: Comm::from_bytes(b"java"),
+                comm: Some(Comm::from_bytes(b"java")),
             },
             source: OwnerSource::Listener,
         }),

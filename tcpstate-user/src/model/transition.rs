@@ -76,8 +76,8 @@ pub struct Process {
     pub pid: u32,
     /// Start, `CLOCK_BOOTTIME` nanoseconds: tells a reused pid apart.
     pub start_ns: u64,
-    /// Name of the thread-group leader.
-    pub comm: Comm,
+    /// Name of the thread-group leader; `None` where it can't be known.
+    pub comm: Option<Comm>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 use tcpstate_common::SetState;
-use tcpstate_common::event::FLAG_TASK;
+use tcpstate_common::event::{FLAG_SOCKET_READ, FLAG_TASK};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot};
@@ -23,7 +23,7 @@ use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
 use crate::model::{Loss, LossReason, NetnsSelection, TcpState};
-use crate::owner::Containers;
+use crate::owner::{Containers, comm_of};
 use crate::stats::Stats;
 use crate::table::{Identity, STORE_NS, Snapshot, StateMask, Table};
 
@@ -292,7 +292,7 @@ impl State {
     }
 
     fn record<E>(&mut self, record: Result<SetState, E>) {
-        let Ok(event) = record else {
+        let Ok(mut event) = record else {
             self.lose(LossReason::Decode, 1, now_ns());
             return;
         };
@@ -307,6 +307,9 @@ impl State {
         }
         self.health.events_received += 1;
         self.newest_ns = self.newest_ns.max(event.time_ns);
+        if event.has(FLAG_TASK) && !event.has(FLAG_SOCKET_READ) && event.comm[0] == 0 {
+            event.comm = comm_of(event.tgid);
+        }
         let container = if event.has(FLAG_TASK) {
             self.containers
                 .container(event.tgid, event.start_ns, event.cgroup_id)

@@ -162,8 +162,8 @@ impl Stats {
             return;
         }
         let socket = change.socket;
-        let counters = match socket.owner {
-            Some(owner) => self.names.counters(owner.process.comm, change.time_ns),
+        let counters = match socket.owner.and_then(|owner| owner.process.comm) {
+            Some(comm) => self.names.counters(comm, change.time_ns),
             None => &mut self.none,
         };
         if let Some((state, ns)) = dwell {

@@ -27,7 +27,7 @@ fn socket(comm: Option<&str>, state: TcpState) -> Socket {
             process: Process {
                 pid: 1,
                 start_ns: 1,
-                comm: Comm::from_bytes(comm.as_bytes()),
+                comm: Some(Comm::from_bytes(comm.as_bytes())),
             },
             source: OwnerSource::Connect,
         }),
@@ -41,7 +41,7 @@ fn place(socket: &Socket) -> Option<Place> {
     let gone = socket.state == TcpState::CLOSE;
     (!gone).then_some(Place {
         state: socket.state,
-        comm: socket.owner.map(|owner| owner.process.comm),
+        comm: socket.owner.and_then(|owner| owner.process.comm),
     })
 }
 

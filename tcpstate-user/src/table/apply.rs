@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tcpstate_common::SetState;
 use tcpstate_common::TcpState;
-use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_TASK, SEND_SHUTDOWN};
+use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
 use super::{
@@ -431,7 +431,7 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
         process: Process {
             pid: event.tgid,
             start_ns: event.start_ns,
-            comm: Comm::from_kernel(event.comm),
+            comm: comm(event),
         },
         source,
     });
@@ -457,6 +457,12 @@ fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
             endpoint(remote, event.remote_port)
         },
     )
+}
+
+/// Without BTF the kernel side knows the name of a thread, not of its process: then it gives none.
+fn comm(event: &SetState) -> Option<Comm> {
+    let comm = Comm::from_kernel(event.comm);
+    (event.has(FLAG_SOCKET_READ) || comm != Comm::default()).then_some(comm)
 }
 
 fn uid(event: &SetState) -> Option<u32> {

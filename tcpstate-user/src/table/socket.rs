@@ -38,7 +38,7 @@ impl Place {
     pub(super) fn of(socket: &Socket) -> Self {
         Self {
             state: socket.state,
-            comm: socket.owner.map(|owner| owner.process.comm),
+            comm: socket.owner.and_then(|owner| owner.process.comm),
         }
     }
 }

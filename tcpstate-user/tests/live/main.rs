@@ -9,6 +9,7 @@ mod attach;
 mod daemon;
 mod judge;
 mod lab;
+mod record;
 mod scenarios;
 mod six;
 mod sockets;

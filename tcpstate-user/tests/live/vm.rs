@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::six;
+use crate::{record, six};
 
 #[test]
 fn attaches_and_ends() {
@@ -11,4 +11,9 @@ fn attaches_and_ends() {
 #[test]
 fn six_sequences() {
     Lab::run(Attach::Best, six::all);
+}
+
+#[test]
+fn every_event_arrives() {
+    record::six_sequences();
 }
