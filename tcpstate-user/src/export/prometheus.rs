@@ -12,7 +12,8 @@ use crate::model::NetnsSelection;
 use crate::model::view::{DWELL_BUCKETS, Histogram, View};
 
 pub use self::metrics::METRICS;
-pub use ::prometheus::TEXT_FORMAT;
+/// Of a page. With the character set, since names of processes may hold any character.
+pub const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// Which tcpstate this is, and what it covers.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -37,7 +37,7 @@ pub fn run(cli: Cli) -> ExitCode {
 
 fn fail(error: &anyhow::Error, status: ExitCode) -> ExitCode {
     // Nobody is left to be told if this fails.
-    let _ = writeln!(std::io::stderr(), "tcpstate: {error:#}");
+    let _ = writeln!(std::io::stderr(), "error: {error:#}");
     status
 }
 

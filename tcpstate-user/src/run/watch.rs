@@ -149,7 +149,7 @@ fn open(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
         Err(ConnectError::NotFound(_)) => direct(args, runtime),
         Err(ConnectError::NotServed(path)) => {
             eprintln!(
-                "tcpstate: nobody serves the socket {}; tracing directly",
+                "warning: nobody serves the socket {}; tracing directly",
                 path.display()
             );
             direct(args, runtime)
