@@ -46,6 +46,9 @@ enum Command {
         /// Run only the live tests whose name contains this
         #[arg(long, value_name = "NAME", default_value = "vm::")]
         test: String,
+        /// Keep the events of each kernel as the fixtures of the table's tests
+        #[arg(long)]
+        record: bool,
     },
 }
 
@@ -56,7 +59,11 @@ fn main() -> ExitCode {
         Command::Run { args } => run::product(&args),
         Command::Test { filter } => test::all(filter.as_deref()),
         Command::Check => check::all(),
-        Command::Vm { kernel, test } => vm::lab(&kernel, &test),
+        Command::Vm {
+            kernel,
+            test,
+            record,
+        } => vm::lab(&kernel, &test, record),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -72,7 +72,7 @@ impl Run {
     }
 }
 
-pub fn lab(wanted: &[Series], filter: &str) -> Result<()> {
+pub fn lab(wanted: &[Series], filter: &str, record: bool) -> Result<()> {
     setup::for_vm()?;
     let series: Vec<Series> = Series::value_variants()
         .iter()
@@ -111,8 +111,32 @@ pub fn lab(wanted: &[Series], filter: &str) -> Result<()> {
     });
     let mut runs = done.into_inner().expect("no worker panics");
     runs.sort_by_key(|(place, _)| *place);
+    if record {
+        for (place, run) in &runs {
+            keep_events(series[*place], run)?;
+        }
+    }
     let runs: Vec<Run> = runs.into_iter().map(|(_, run)| run).collect();
     conclude(&runs)
+}
+
+/// Keeps what `vm::every_event_arrives` recorded.
+fn keep_events(series: Series, run: &Run) -> Result<()> {
+    let events: Vec<&str> = run
+        .console
+        .lines()
+        .filter_map(|line| line.strip_prefix("vm: event "))
+        .collect();
+    if events.is_empty() {
+        bail!("kernel {}: no events were recorded", run.kernel);
+    }
+    let file = host::root().join(format!(
+        "tcpstate-user/tests/fixtures/{}.events",
+        series.name()
+    ));
+    host::say(&format!("writing {}", file.display()));
+    std::fs::write(&file, events.join("\n") + "\n")
+        .with_context(|| format!("can't write {}", file.display()))
 }
 
 /// The static build of the live tests: they run in a guest that has no libc.

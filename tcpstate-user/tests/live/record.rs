@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
 
 use tcpstate_common::SetState;
 use tcpstate_user::kernel::{Netns, Options, Session};
@@ -12,9 +11,8 @@ use zerocopy::IntoBytes as _;
 use crate::lab::{Attach, Lab};
 use crate::six;
 
-/// Where to put the fixture: a file, or `-` for stderr, each line marked with [`MARK`].
+/// Names the file to keep the events in.
 const RECORD: &str = "TCPSTATE_RECORD";
-const MARK: &str = "record: ";
 
 /// Runs the six sequences under a session of our own and compares what came with what the kernel counted.
 pub fn six_sequences() {
@@ -37,20 +35,9 @@ pub fn six_sequences() {
         let counted: u64 = counters.transitions.iter().flatten().sum();
         assert_eq!((events.len() as u64, counters.ring_full), (counted, 0));
         assert!(counted > 40, "only {counted} transitions of six sequences");
-        if let Some(target) = std::env::var_os(RECORD) {
+        if let Some(file) = std::env::var_os(RECORD) {
             let fixture = fixture(&events, session.cookies());
-            if target == "-" {
-                let marked: String = fixture.lines().fold(String::new(), |mut all, line| {
-                    writeln!(all, "{MARK}{line}").expect("memory");
-                    all
-                });
-                // Not eprint, which the harness keeps to itself.
-                std::io::stderr()
-                    .write_all(marked.as_bytes())
-                    .expect("stderr");
-            } else {
-                fs::write(target, fixture).expect("the fixture can be written");
-            }
+            fs::write(file, fixture).expect("the fixture can be written");
         }
     });
 }
