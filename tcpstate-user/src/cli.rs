@@ -5,7 +5,6 @@
 
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,17 +15,19 @@ use crate::export::Format;
 use crate::filter::{Filter, Netns, ValueError};
 use crate::model::named;
 
-/// Version and, where the build knew it, the revision.
-static VERSION: LazyLock<String> = LazyLock::new(|| match option_env!("TCPSTATE_REVISION") {
-    Some(revision) => format!("{} ({revision})", env!("CARGO_PKG_VERSION")),
-    None => env!("CARGO_PKG_VERSION").to_owned(),
-});
+/// With the revision that the build saw.
+const VERSION: &str = concat!(
+    env!("CARGO_PKG_VERSION"),
+    " (",
+    env!("TCPSTATE_REVISION"),
+    ")"
+);
 
 /// Follows the TCP state transitions of this host, straight from the kernel
 #[derive(Parser, Debug)]
 #[command(
     name = "tcpstate",
-    version = VERSION.as_str(),
+    version = VERSION,
     propagate_version = true,
     disable_help_subcommand = true,
     subcommand_required = true,
