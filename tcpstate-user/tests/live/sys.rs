@@ -92,7 +92,13 @@ pub fn add_address(interface: &str, address: IpAddr) -> io::Result<()> {
             };
             // SAFETY: on an AF_INET6 socket SIOCSIFADDR takes a pointer to an `in6_ifreq`, which lives through
             // the call.
-            check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFADDR, &request) })
+            check(unsafe {
+                libc::ioctl(
+                    socket.as_raw_fd(),
+                    libc::SIOCSIFADDR as libc::Ioctl,
+                    &request,
+                )
+            })
         }
     }
 }
@@ -117,12 +123,12 @@ fn interface_request(name: &str) -> libc::ifreq {
 
 fn interface_ioctl(
     family: AddressFamily,
-    number: libc::Ioctl,
+    number: libc::c_ulong,
     request: &libc::ifreq,
 ) -> io::Result<()> {
     let socket = socket(family, SocketType::DGRAM)?;
     // SAFETY: the requests used here take a pointer to an `ifreq`, which lives through the call.
-    check(unsafe { libc::ioctl(socket.as_raw_fd(), number, request) })
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), number as libc::Ioctl, request) })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

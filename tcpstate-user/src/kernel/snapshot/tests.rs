@@ -46,10 +46,10 @@ fn interface_request(name: &str) -> libc::ifreq {
     request
 }
 
-fn interface_ioctl(number: libc::Ioctl, request: &libc::ifreq) -> io::Result<()> {
+fn interface_ioctl(number: libc::c_ulong, request: &libc::ifreq) -> io::Result<()> {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
     // SAFETY: all the requests used here take a pointer to an `ifreq`, which lives through the call.
-    match unsafe { libc::ioctl(socket.as_raw_fd(), number, request) } {
+    match unsafe { libc::ioctl(socket.as_raw_fd(), number as libc::Ioctl, request) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
