@@ -87,6 +87,7 @@ fn take_here(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, S
                 .map_err(|source| SnapshotError::Dump { inode, source })?;
         }
         NetnsSelection::All => {
+            snapshot.whole_host = true;
             let found = netns::all()?;
             for namespace in found.namespaces {
                 if let Err(error) = dump_into(&mut snapshot, &namespace) {

@@ -190,10 +190,10 @@ impl State {
         commands: mpsc::WeakUnboundedSender<Command>,
         ready: &Arc<AtomicBool>,
     ) -> Self {
-        let identity = if session.cookies() {
-            Identity::Cookie
-        } else {
-            Identity::Address
+        let identity = match session.path() {
+            Path::TpBtf => Identity::Cookie,
+            Path::TpBtfNoCookie => Identity::Address,
+            Path::Tracepoint => Identity::AddressWithoutNetns,
         };
         let features = vec![
             (Feature::TpBtf, session.path() != Path::Tracepoint),

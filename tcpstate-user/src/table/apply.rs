@@ -8,9 +8,7 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
-use super::{
-    Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, tuple,
-};
+use super::{Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table};
 use crate::model::{
     Comm, ConnectionId, Endpoint, Evidence, Family, Owner, OwnerSource, Process, Role,
 };
@@ -98,15 +96,16 @@ impl Table {
     }
 
     fn take_request(&mut self, child: &Socket) -> Option<Socket> {
+        let tuple = self.tuple(child);
         let key = match self.identity {
             Identity::Cookie => child.cookie?,
-            Identity::Address => *self.adopted.get(&tuple(child))?,
+            Identity::Address | Identity::AddressWithoutNetns => *self.adopted.get(&tuple)?,
         };
         let request = self.mini.get(&key)?;
         if request.socket.state != TcpState::NEW_SYN_RECV {
             return None;
         }
-        self.adopted.remove(&tuple(child));
+        self.adopted.remove(&tuple);
         self.mini.remove(&key).map(|request| request.socket)
     }
 
@@ -130,7 +129,7 @@ impl Table {
     fn event_key(&self, event: &SetState) -> Option<u64> {
         match self.identity {
             Identity::Cookie => self.cookie(event),
-            Identity::Address => Some(event.sk),
+            Identity::Address | Identity::AddressWithoutNetns => Some(event.sk),
         }
     }
 
@@ -322,7 +321,10 @@ impl Table {
             return;
         }
         let (_, local, remote) = ends(event);
-        let Some(own) = self.adopted.remove(&(event.netns, local, remote)) else {
+        let Some(own) =
+            self.adopted
+                .remove(&((event.netns != 0).then_some(event.netns), local, remote))
+        else {
             return;
         };
         if let Some(full) = self.full.remove(&own) {

@@ -14,7 +14,7 @@ mod tests;
 
 use std::collections::VecDeque;
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::SetState;
 
 use crate::model::{ConnectionId, Endpoint, Named, named};
@@ -30,6 +30,9 @@ pub enum Identity {
     Cookie,
     /// The address of the socket, which the kernel uses again at once.
     Address,
+    /// As [`Address`](Self::Address), and events don't tell the network namespace (classic tracepoint). A socket of a
+    /// dump is matched by its ends alone then, which may be those of another in another namespace.
+    AddressWithoutNetns,
 }
 
 named! {
@@ -106,7 +109,7 @@ struct Mini {
 }
 
 /// A socket as a dump can be matched with it, where events don't carry the cookie.
-type Tuple = (u32, Endpoint, Endpoint);
+type Tuple = (Option<u32>, Endpoint, Endpoint);
 
 /// Generations of sockets that were closed and may be connected again, the oldest forgotten first.
 #[derive(Debug, Default)]
@@ -154,6 +157,8 @@ pub struct Table {
     generations: Generations,
     /// Where events have no cookie: sockets that a dump found and no event has shown.
     adopted: FxHashMap<Tuple, u64>,
+    /// Namespaces that a dump has covered: one that is not found any more is gone.
+    listed: FxHashSet<u32>,
     /// While a dump is under way: what closed since it began.
     closed: Option<FxHashMap<DumpKey, u64>>,
     own_numbers: u64,
@@ -196,6 +201,7 @@ impl Table {
             children: FxHashMap::default(),
             generations: Generations::default(),
             adopted: FxHashMap::default(),
+            listed: FxHashSet::default(),
             closed: None,
             own_numbers: 0,
             newest_ns: 0,
@@ -249,12 +255,17 @@ impl Table {
     fn dump_key(&self, socket: &Socket) -> Option<DumpKey> {
         match self.identity {
             Identity::Cookie => socket.cookie.map(DumpKey::Cookie),
-            Identity::Address => Some(DumpKey::Tuple(tuple(socket))),
+            Identity::Address | Identity::AddressWithoutNetns => {
+                Some(DumpKey::Tuple(self.tuple(socket)))
+            }
         }
     }
-}
 
-/// The classic tracepoint does not tell the namespace: it counts as 0 then.
-fn tuple(socket: &Socket) -> Tuple {
-    (socket.netns.unwrap_or(0), socket.local, socket.remote)
+    fn tuple(&self, socket: &Socket) -> Tuple {
+        let netns = match self.identity {
+            Identity::AddressWithoutNetns => None,
+            Identity::Cookie | Identity::Address => socket.netns,
+        };
+        (netns, socket.local, socket.remote)
+    }
 }

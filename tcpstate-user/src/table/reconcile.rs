@@ -9,7 +9,7 @@ use tcpstate_common::TcpState;
 use super::apply::TIME_WAIT_NS;
 use super::{
     Change, Correction, DumpKey, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket,
-    Stay, Table, tuple,
+    Stay, Table,
 };
 use crate::model::{ConnectionId, End, Evidence, Role};
 
@@ -54,13 +54,15 @@ impl Table {
         }
         self.drop_full(snapshot, &seen_full, &mut sink);
         self.drop_mini(snapshot, &seen_mini, &mut sink);
+        self.listed.extend(&snapshot.netns);
         self.corrections.begun = true;
     }
 
     fn record_key(&self, record: &Record) -> DumpKey {
         match self.identity {
             Identity::Cookie => DumpKey::Cookie(record.cookie),
-            Identity::Address => DumpKey::Tuple((record.netns, record.local, record.remote)),
+            Identity::Address => DumpKey::Tuple((Some(record.netns), record.local, record.remote)),
+            Identity::AddressWithoutNetns => DumpKey::Tuple((None, record.local, record.remote)),
         }
     }
 
@@ -139,9 +141,9 @@ impl Table {
         let socket = found_socket(record, id);
         let key = match self.identity {
             Identity::Cookie => record.cookie,
-            Identity::Address => {
+            Identity::Address | Identity::AddressWithoutNetns => {
                 let key = self.own_key();
-                self.adopted.insert(tuple(&socket), key);
+                self.adopted.insert(self.tuple(&socket), key);
                 key
             }
         };
@@ -200,10 +202,10 @@ impl Table {
         let socket = found_socket(record, id);
         let key = match self.identity {
             Identity::Cookie => record.cookie,
-            Identity::Address => {
+            Identity::Address | Identity::AddressWithoutNetns => {
                 let key = self.own_key();
                 if record.state == TcpState::NEW_SYN_RECV {
-                    self.adopted.insert(tuple(&socket), key);
+                    self.adopted.insert(self.tuple(&socket), key);
                 }
                 key
             }
@@ -232,7 +234,9 @@ impl Table {
     ) {
         let mut gone = Vec::new();
         for (&key, full) in &mut self.full {
-            let due = covers(snapshot, &full.socket)
+            // A namespace that no dump has listed may live where none can find it, and its events come.
+            let known = |netns| self.listed.contains(&netns);
+            let due = covers(snapshot, &full.socket, known)
                 && full.event_ns.saturating_add(STORE_NS) < snapshot.started_ns;
             if due && !seen.contains(&key) && std::mem::replace(&mut full.missed, true) {
                 gone.push(key);
@@ -242,11 +246,17 @@ impl Table {
             let Some(Full { mut socket, .. }) = self.full.remove(&key) else {
                 continue;
             };
-            self.corrections.count(Correction::Gone);
+            // With its namespace a socket goes without an event.
+            if socket
+                .netns
+                .is_none_or(|netns| snapshot.netns.contains(&netns))
+            {
+                self.corrections.count(Correction::Gone);
+            }
             if socket.state == TcpState::LISTEN {
                 self.listeners.remove(key, &socket);
             }
-            self.adopted.remove(&tuple(&socket));
+            self.adopted.remove(&self.tuple(&socket));
             self.generations.closed(socket.id);
             let before = Place::of(&socket);
             socket.state = TcpState::CLOSE;
@@ -269,7 +279,8 @@ impl Table {
     ) {
         let mut gone = Vec::new();
         for (&key, mini) in &mut self.mini {
-            let due = covers(snapshot, &mini.socket)
+            // In a namespace that is not found nothing tells of a minisocket any more.
+            let due = covers(snapshot, &mini.socket, |_| true)
                 && mini.event_ns.saturating_add(STORE_NS) < snapshot.started_ns;
             if !due || seen.contains(&key) {
                 continue;
@@ -288,7 +299,7 @@ impl Table {
             else {
                 continue;
             };
-            self.adopted.remove(&tuple(&socket));
+            self.adopted.remove(&self.tuple(&socket));
             let before = Place::of(&socket);
             socket.state = TcpState::CLOSE;
             let found_ns = snapshot.finished_ns;
@@ -313,11 +324,17 @@ fn is_mini(record: &Record) -> bool {
     record.expires_ns.is_some() || record.state == TcpState::NEW_SYN_RECV
 }
 
-fn covers(snapshot: &Snapshot, socket: &Socket) -> bool {
+/// Whether the dump would show the socket if it were there. `known`: whether a namespace that is not found is gone.
+fn covers(snapshot: &Snapshot, socket: &Socket, known: impl Fn(u32) -> bool) -> bool {
+    let unreachable = |netns| {
+        let mut unreachable = snapshot.unreachable.iter();
+        unreachable.any(|namespace| namespace.netns == Some(netns))
+    };
     snapshot.states.contains(socket.state)
-        && socket
-            .netns
-            .is_none_or(|netns| snapshot.netns.contains(&netns))
+        && socket.netns.is_none_or(|netns| {
+            snapshot.netns.contains(&netns)
+                || (snapshot.whole_host && !unreachable(netns) && known(netns))
+        })
 }
 
 fn was_established(state: TcpState) -> bool {

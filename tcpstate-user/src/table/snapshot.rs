@@ -93,6 +93,8 @@ pub struct Snapshot {
     /// Inodes of the namespaces that it covers.
     pub netns: Vec<u32>,
     pub unreachable: Vec<Unreachable>,
+    /// Every namespace of the host that can be found is among `netns` or `unreachable`.
+    pub whole_host: bool,
     /// `CLOCK_BOOTTIME`, nanoseconds.
     pub started_ns: u64,
     pub finished_ns: u64,

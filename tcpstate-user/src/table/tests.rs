@@ -217,6 +217,7 @@ fn dump(from_ms: u64, to_ms: u64, records: Vec<Record>) -> Snapshot {
         started_ns: from_ms * MS,
         finished_ns: to_ms * MS,
         states: StateMask::ALL,
+        whole_host: true,
     }
 }
 
@@ -692,6 +693,80 @@ fn without_cookies_a_socket_of_a_dump_meets_its_events_by_its_ends() {
     watched.reconcile(&dump(2000, 2001, vec![record(2000, 9, CLOSE_WAIT)]));
     assert_eq!(watched.gauges[&(CLOSE_WAIT, None)], 1);
     assert_eq!(watched.table.len(), 1);
+    assert_eq!(watched.table.corrections(), [0; 4]);
+}
+
+/// The classic tracepoint tells no namespace, a dump does.
+#[test]
+fn without_netns_a_dump_and_events_are_of_the_same_socket() {
+    let blind = |time, from, to| {
+        with(event(time, 9, from, to), |event| {
+            (event.flags, event.netns, event.cookie) = (0, 0, 0);
+        })
+    };
+    let connect = by(blind(1, CLOSE, SYN_SENT), 42, "curl");
+    let mut watched = run(
+        Identity::AddressWithoutNetns,
+        &[connect, blind(2, SYN_SENT, ESTABLISHED)],
+    );
+    for time in [1000, 2000, 3000] {
+        watched.reconcile(&dump(time, time, vec![record(time, 9, ESTABLISHED)]));
+    }
+    assert_eq!(
+        watched.gauges[&(ESTABLISHED, Some(Comm::from_bytes(b"curl")))],
+        1
+    );
+    assert_eq!(watched.table.len(), 1);
+    assert_eq!(watched.table.corrections(), [0; 4]);
+    // And one that a dump found first.
+    watched.reconcile(&dump(4000, 4000, vec![record(4000, 8, ESTABLISHED)]));
+    watched.apply(&with(blind(5000, ESTABLISHED, CLOSE_WAIT), |event| {
+        event.sk += 4096;
+        event.local_port = 1008;
+    }));
+    assert_eq!(watched.gauges[&(CLOSE_WAIT, None)], 1);
+    assert_eq!(watched.table.corrections(), [0, 0, 1, 0]);
+}
+
+#[test]
+fn what_a_namespace_held_goes_with_it() {
+    let closed = with(event(1000, 7, FIN_WAIT2, CLOSE), |event| {
+        event.flags |= FLAG_DONE;
+    });
+    let mut watched = run(
+        Identity::Cookie,
+        &[event(1, 7, FIN_WAIT1, FIN_WAIT2), closed],
+    );
+    watched.apply(&event(900, 8, CLOSE, ESTABLISHED));
+    let here = vec![record(1500, 7, TIME_WAIT), record(1500, 8, ESTABLISHED)];
+    watched.reconcile(&dump(1500, 1501, here));
+    let elsewhere = |time| Snapshot {
+        netns: vec![NETNS + 1],
+        ..dump(time, time, vec![])
+    };
+    // A dump of one namespace says nothing of another.
+    for time in [2000, 3000] {
+        watched.reconcile(&Snapshot {
+            whole_host: false,
+            ..elsewhere(time)
+        });
+    }
+    assert_eq!(watched.table.len(), 2);
+    // Nor does one that could not enter it.
+    for time in [4000, 5000] {
+        watched.reconcile(&Snapshot {
+            unreachable: vec![Unreachable {
+                netns: Some(NETNS),
+                reason: "no right".to_owned(),
+            }],
+            ..elsewhere(time)
+        });
+    }
+    assert_eq!(watched.table.len(), 2);
+    for time in [6000, 7000] {
+        watched.reconcile(&elsewhere(time));
+    }
+    assert_eq!(watched.states(), BTreeMap::new());
     assert_eq!(watched.table.corrections(), [0; 4]);
 }
 
