@@ -66,7 +66,7 @@ fn add_one(counter: *mut u64) {
 /// might be full before the next one. To wake it for each record costs microseconds each time.
 #[inline(always)]
 fn wake_up(count: u64) -> u64 {
-    let wake = count % LOOK_EACH == 0
+    let wake = count.is_multiple_of(LOOK_EACH)
         && RING.query(u64::from(BPF_RB_AVAIL_DATA)) >= u64::from(switch!(wake_bytes));
     u64::from(if wake {
         BPF_RB_FORCE_WAKEUP

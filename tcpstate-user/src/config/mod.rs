@@ -14,12 +14,13 @@ use std::time::Duration;
 use clap::Args;
 use toml::{Table, Value};
 
-pub use value::{Interval, LogFormat, LogLevel, RingSize};
+pub use value::{Interval, RingSize};
 use value::{Listen, MaxComms, SocketPath, TelemetryPath};
 
+use crate::export::http::DEFAULT_SOCKET;
+use crate::export::log::{LogFormat, LogLevel};
 use crate::filter::{Netns, ValueError};
 
-pub const DEFAULT_SOCKET: &str = "/run/tcpstate/tcpstate.sock";
 const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10975);
 const DEFAULT_TELEMETRY_PATH: &str = "/metrics";
 const DEFAULT_RECONCILE_INTERVAL: Duration = Duration::from_secs(30);

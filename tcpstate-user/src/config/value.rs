@@ -7,8 +7,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use super::{Setting, Written};
+use crate::export::log::{LogFormat, LogLevel};
 use crate::filter::{Netns, Span, ValueError};
-use crate::model::named;
 
 fn refuse<T>(value: &str, expected: &str) -> Result<T, ValueError> {
     let value = value.escape_debug();
@@ -154,23 +154,6 @@ impl FromStr for MaxComms {
     }
 }
 
-named! {
-    pub enum LogLevel ("log level") {
-        Error = "error",
-        Warn = "warn",
-        Info = "info",
-        Debug = "debug",
-        Trace = "trace",
-    }
-}
-
 impl Setting for LogLevel {}
-
-named! {
-    pub enum LogFormat ("log format") {
-        Text = "text",
-        Json = "json",
-    }
-}
 
 impl Setting for LogFormat {}

@@ -8,7 +8,24 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 
-use crate::config::{LogFormat, LogLevel};
+use crate::model::named;
+
+named! {
+    pub enum LogLevel ("log level") {
+        Error = "error",
+        Warn = "warn",
+        Info = "info",
+        Debug = "debug",
+        Trace = "trace",
+    }
+}
+
+named! {
+    pub enum LogFormat ("log format") {
+        Text = "text",
+        Json = "json",
+    }
+}
 
 /// Sets up the log of this process. Of the libraries, only warnings and errors are shown.
 ///

@@ -342,7 +342,7 @@ impl Struct<'_> {
             last = Some(member);
         }
         let member = last.ok_or_else(|| BtfError::NoField(full()))?;
-        if member.bit_field || bits % 8 != 0 {
+        if member.bit_field || !bits.is_multiple_of(8) {
             return Err(BtfError::BitField(full()));
         }
         match self.btf.size(member.type_id)?.unwrap_or(0) {

@@ -1,6 +1,6 @@
 //! Dumps of the kernel's TCP sockets by inet_diag, namespace by namespace.
 //!
-//! Owns the netlink conversation. What a message says is [`parse`]'s; what a snapshot means for the table is
+//! Owns the netlink conversation. What a message says is `parse`'s; what a snapshot means for the table is
 //! the table's.
 
 mod parse;

@@ -19,6 +19,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::streams::{Batch, Stream, Streams};
 use crate::filter::Subscription;
+use crate::kernel::netns::NetnsError;
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
@@ -64,7 +65,7 @@ pub struct Tracer {
 
 enum Command {
     View(oneshot::Sender<Arc<View>>),
-    Subscribe(Stream),
+    Subscribe(Box<Stream>),
     Dumped(Dump, Result<Snapshot, SnapshotError>),
     Stop,
 }
@@ -75,6 +76,15 @@ enum Dump {
     Full,
     /// [`MINI_STATES`].
     Mini,
+}
+
+impl Dump {
+    const fn states(self) -> StateMask {
+        match self {
+            Self::Full => StateMask::ALL,
+            Self::Mini => MINI_STATES,
+        }
+    }
 }
 
 /// The tracer has ended.
@@ -140,7 +150,7 @@ impl Tracer {
     pub fn subscribe(&self, subscription: Subscription) -> Result<mpsc::Receiver<Batch>, Stopped> {
         let (stream, batches) = Stream::new(subscription, now_ns());
         self.commands
-            .send(Command::Subscribe(stream))
+            .send(Command::Subscribe(Box::new(stream)))
             .map_err(|_| Stopped)?;
         Ok(batches)
     }
@@ -173,6 +183,8 @@ struct State {
     next_full_ns: u64,
     reconcile_interval_ns: u64,
     unreachable: usize,
+    /// Why the last dump that failed did; empty after one that did not.
+    dump_failure: String,
     /// As the newest record had it, or the map.
     lost: u32,
     recursion_misses: u64,
@@ -218,6 +230,7 @@ impl State {
             reconcile_interval_ns: u64::try_from(options.reconcile_interval.as_nanos())
                 .unwrap_or(u64::MAX),
             unreachable: 0,
+            dump_failure: String::new(),
             lost: 0,
             recursion_misses: 0,
             newest_ns: 0,
@@ -267,11 +280,15 @@ impl State {
 
     fn command(&mut self, command: Command, session: &mut Session) {
         match command {
-            Command::Subscribe(stream) => self.streams.add(stream),
+            Command::Subscribe(stream) => self.streams.add(*stream),
             Command::View(reply) => self.scrape(reply, session),
             Command::Dumped(dump, result) => self.dumped(dump, result, session),
             Command::Stop => {}
         }
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
     }
 
     /// Takes up to [`BUDGET`] records.
@@ -402,7 +419,7 @@ impl State {
         let now_ns = now_ns();
         self.drain_to(session, now_ns);
         self.waiting.push((now_ns, reply));
-        if !self.ready.load(Ordering::Relaxed) || now_ns < self.dumped_ns + MINI_AGE_NS {
+        if !self.is_ready() || now_ns < self.dumped_ns + MINI_AGE_NS {
             self.answer(session);
         } else if self.dump.is_none() {
             self.begin_dump(Dump::Mini, now_ns);
@@ -417,7 +434,7 @@ impl State {
         if dump == Dump::Full {
             self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
         }
-        let (netns, first) = (self.netns, !self.ready.load(Ordering::Relaxed));
+        let (netns, first) = (self.netns, !self.is_ready());
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -425,11 +442,7 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let states = match dump {
-                    Dump::Full => StateMask::ALL,
-                    Dump::Mini => MINI_STATES,
-                };
-                let result = snapshot::take(netns, states);
+                let result = snapshot::take(netns, dump.states());
                 // The tracer may have ended meanwhile.
                 let _ = commands.send(Command::Dumped(dump, result));
             });
@@ -451,6 +464,16 @@ impl State {
         self.dump = None;
         let snapshot = match result {
             Ok(snapshot) => snapshot,
+            // It was there before: it is gone, and its sockets with it.
+            Err(SnapshotError::Netns(NetnsError::NotFound { inode, .. })) if self.is_ready() => {
+                Snapshot {
+                    netns: vec![inode],
+                    started_ns: now_ns(),
+                    finished_ns: now_ns(),
+                    states: dump.states(),
+                    ..Snapshot::default()
+                }
+            }
             Err(error) => {
                 self.dump_failed(&error.to_string(), now_ns());
                 self.answer(session);
@@ -472,6 +495,7 @@ impl State {
         });
         self.streams.flush();
         self.dumped_ns = snapshot.finished_ns;
+        self.dump_failure.clear();
         self.health.reconciles += 1;
         self.health.last_reconcile_duration_ns =
             Some(snapshot.finished_ns.saturating_sub(snapshot.started_ns));
@@ -501,11 +525,15 @@ impl State {
     fn dump_failed(&mut self, reason: &str, now_ns: u64) {
         self.table.snapshot_failed();
         self.health.reconcile_failures += 1;
-        if !self.ready.load(Ordering::Relaxed) {
+        if !self.is_ready() {
             // Without the first one there are no gauges.
             self.next_full_ns = now_ns + SECOND_NS;
         }
-        tracing::warn!("no snapshot of the sockets: {reason}");
+        // Once for each reason: it may come with every scrape.
+        if self.dump_failure != reason {
+            tracing::warn!("no snapshot of the sockets: {reason}");
+            reason.clone_into(&mut self.dump_failure);
+        }
     }
 
     /// Gives all that wait the same view.
@@ -522,7 +550,7 @@ impl State {
 
     fn view(&mut self, session: &Session) -> View {
         self.check_losses(session);
-        let counted = self.ready.load(Ordering::Relaxed).then(|| {
+        let counted = self.is_ready().then(|| {
             let entries = self.table.len() as u64;
             let corrections = self.table.corrections();
             let counted: Counted = self.stats.counted(now_ns(), entries, corrections);

@@ -14,9 +14,10 @@ use super::streams::Batch;
 use super::tracer::{self, Tracer};
 use super::{attach, resolve, select, start};
 use crate::cli::Watch;
-use crate::config::{DEFAULT_SOCKET, LogFormat, LogLevel};
 use crate::export::client::{ConnectError, Events};
-use crate::export::{LineWriter, Look, log};
+use crate::export::http::DEFAULT_SOCKET;
+use crate::export::log::{self, LogFormat, LogLevel};
+use crate::export::{LineWriter, Look};
 use crate::filter::{Inode, Subscription};
 use crate::model::{Line, NetnsSelection, Source};
 

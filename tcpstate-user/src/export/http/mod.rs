@@ -19,7 +19,7 @@ use axum::routing::get;
 use tokio::sync::mpsc;
 
 pub use serve::{Limits, Listeners, bind_tcp, serve};
-pub use unix::{BindError, UnixSocket};
+pub use unix::{BindError, DEFAULT_SOCKET, UnixSocket};
 
 use crate::export::prometheus;
 use crate::filter::Subscription;

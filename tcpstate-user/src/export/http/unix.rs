@@ -10,7 +10,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
 
-use crate::config::DEFAULT_SOCKET;
+/// Where the daemon serves, and its clients look, unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/tcpstate/tcpstate.sock";
 
 /// Whoever is in it may watch without privileges of their own.
 const GROUP: &str = "tcpstate";
