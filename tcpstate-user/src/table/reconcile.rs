@@ -104,7 +104,9 @@ impl Table {
             return Some(key);
         }
         let before = Place::of(&full.socket);
-        learn(&mut full.socket, record);
+        if self.identity != Identity::AddressWithoutNetns {
+            learn(&mut full.socket, record);
+        }
         if record.state == before.state {
             return Some(key);
         }
@@ -367,7 +369,7 @@ fn entered_time_wait(record: &Record, expires_ns: Option<u64>) -> Option<u64> {
     )
 }
 
-/// Adds to a socket what events could not tell.
+/// Adds to a socket what events could not tell; not where the record may be another's.
 fn learn(socket: &mut Socket, record: &Record) {
     socket.local.port = socket.local.port.or(record.local.port);
     socket.local.addr = socket.local.addr.or(record.local.addr);

@@ -718,6 +718,9 @@ fn without_netns_a_dump_and_events_are_of_the_same_socket() {
     );
     assert_eq!(watched.table.len(), 1);
     assert_eq!(watched.table.corrections(), [0; 4]);
+    // The record may be that of another socket: nothing is taken from it.
+    let socket = watched.table.full.values().next().map(|full| &full.socket);
+    assert_eq!(socket.and_then(|socket| socket.netns), None);
     // And one that a dump found first.
     watched.reconcile(&dump(4000, 4000, vec![record(4000, 8, ESTABLISHED)]));
     watched.apply(&with(blind(5000, ESTABLISHED, CLOSE_WAIT), |event| {
