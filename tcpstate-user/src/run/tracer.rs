@@ -29,7 +29,7 @@ use crate::stats::Stats;
 use crate::table::{Identity, STORE_NS, Snapshot, StateMask, Table};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
-const TICK: Duration = Duration::from_millis(50);
+const TICK: Duration = Duration::from_millis(25);
 
 /// Records taken before messages get their turn: some milliseconds' work.
 const BUDGET: usize = 8192;

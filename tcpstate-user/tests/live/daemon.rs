@@ -143,7 +143,7 @@ fn storm(time: Duration) -> u64 {
     connections
 }
 
-/// Seconds that the storm takes: 30 for the figure in docs/performance.md, fewer in each run of the suite.
+/// Seconds that the storm takes: few in each run of the suite, more where one is measured.
 fn storm_time() -> Duration {
     let seconds = std::env::var("TCPSTATE_STORM_SECONDS");
     Duration::from_secs(seconds.map_or(5, |text| text.parse().expect("seconds")))
