@@ -97,6 +97,7 @@ impl Index {
             "Dir::Etc::SourceParts=/dev/null".to_owned(),
             "Dir::State::Status=/dev/null".to_owned(),
             "APT::Architecture=amd64".to_owned(),
+            "Acquire::Retries=3".to_owned(),
             // Old releases are no longer signed anew, and an old kernel is what we want of them.
             "Acquire::Check-Valid-Until=false".to_owned(),
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".to_owned(),

@@ -49,7 +49,7 @@ impl Series {
 }
 
 /// What the guest carries beside the kernel: two static programs of ours, and which tests to run.
-struct Cargo<'a> {
+struct Payload<'a> {
     product: PathBuf,
     live: PathBuf,
     filter: &'a str,
@@ -79,7 +79,7 @@ pub fn lab(wanted: &[Series], filter: &str, record: bool) -> Result<()> {
         .copied()
         .filter(|series| wanted.is_empty() || wanted.contains(series))
         .collect();
-    let cargo = Cargo {
+    let payload = Payload {
         product: build::static_release()?,
         live: live_tests()?,
         filter,
@@ -103,7 +103,7 @@ pub fn lab(wanted: &[Series], filter: &str, record: bool) -> Result<()> {
                     else {
                         return;
                     };
-                    let run = one(series, &cargo, accelerator);
+                    let run = one(series, &payload, accelerator);
                     done.lock().expect("no worker panics").push((place, run));
                 }
             });
@@ -160,10 +160,10 @@ fn live_tests() -> Result<PathBuf> {
     Ok(live.path)
 }
 
-fn one(series: Series, cargo: &Cargo<'_>, accelerator: &str) -> Run {
+fn one(series: Series, payload: &Payload<'_>, accelerator: &str) -> Run {
     let start = Instant::now();
     let run = kernel::of_release(series.release())
-        .and_then(|kernel| guest::run(&kernel, cargo, accelerator, TIME_LIMIT))
+        .and_then(|kernel| guest::run(&kernel, payload, accelerator, TIME_LIMIT))
         .unwrap_or_else(|error| Run {
             kernel: series.name(),
             report: Report::default(),

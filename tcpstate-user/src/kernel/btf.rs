@@ -418,3 +418,6 @@ fn u32_at(bytes: &[u8], at: usize) -> Result<u32, BtfError> {
         .map(|chunk| u32::from_ne_bytes(*chunk))
         .ok_or(Malformed(at))
 }
+
+#[cfg(test)]
+mod tests;

@@ -220,3 +220,39 @@ fn sources<'a>(
 ) -> impl Iterator<Item = &'a (dyn Error + 'static)> {
     std::iter::successors(Some(error), |&error| error.source())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_are_compared_by_number() {
+        assert_eq!(version("6.1.0-18-amd64"), Some((6, 1)));
+        assert_eq!(version("5.10.0"), Some((5, 10)));
+        assert!(version("5.10.0").unwrap() > OLDEST);
+        assert!(version("5.4.0").unwrap() < OLDEST);
+        assert_eq!(version("unknown"), None);
+    }
+
+    #[test]
+    fn the_verifier_is_quoted_with_its_reason() {
+        let log = "0: (85) call bpf_get_socket_cookie#46\nunknown func bpf_get_socket_cookie#46\n\
+                   verification time 30 usec\nstack depth 0\nprocessed 3 insns (limit 1000000) peak_states 0\n\n";
+        assert_eq!(last_words(log), "unknown func bpf_get_socket_cookie#46");
+        assert_eq!(last_words(""), "it gave no reason");
+    }
+
+    #[test]
+    fn causes_come_in_one_line() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("cannot map\nthe ring")]
+        struct Outer(#[source] io::Error);
+
+        let error = Outer(io::Error::from_raw_os_error(libc::ENOSPC));
+        assert_eq!(errno_of(&error), Some(libc::ENOSPC));
+        assert_eq!(
+            chain(&error),
+            "cannot map the ring: No space left on device (os error 28)"
+        );
+    }
+}

@@ -117,3 +117,31 @@ impl ProgInfo {
         (self.filled >= INFO_LEN as u64).then_some(self.recursion_misses)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transitions_are_summed_over_cpus_by_both_states() {
+        let (mut one, mut other) = ([0; SLOTS], [0; SLOTS]);
+        one[transition_slot(7, 2)] = 3;
+        other[transition_slot(7, 2)] = 4;
+        other[transition_slot(2, 7)] = 5;
+        other[transition_slot(99, 1)] = 6;
+
+        let sum = sum([one, other].iter());
+        assert_eq!((sum[7][2], sum[2][7], sum[0][1]), (7, 5, 6));
+        assert_eq!(sum.as_flattened().iter().sum::<u64>(), 18);
+    }
+
+    #[test]
+    fn misses_are_unknown_where_the_kernel_filled_less() {
+        let mut info = ProgInfo::new_zeroed();
+        info.recursion_misses = 0;
+        info.filled = 208;
+        assert_eq!(info.recursion_misses(), None);
+        info.filled = 216;
+        assert_eq!(info.recursion_misses(), Some(0));
+    }
+}

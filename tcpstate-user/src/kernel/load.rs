@@ -109,6 +109,8 @@ pub struct Session {
     lost: Array<MapData, u64>,
     /// The program and its link.
     ebpf: Ebpf,
+    #[cfg(feature = "ebpf-log")]
+    log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
 
 impl Session {
@@ -124,17 +126,17 @@ impl Session {
             None if capability::has_btf() => vec![Path::TpBtf, Path::TpBtfNoCookie],
             None => vec![Path::Tracepoint],
         };
-        let mut first_refusal = None;
+        let mut last_refusal = None;
         for path in candidates {
             match Self::start_by(path, options.netns, ring_size) {
                 // The verifier names a helper that it does not have no other way than it names a mistake.
                 Err(error @ StartError::Verifier { .. }) => {
-                    first_refusal = first_refusal.or(Some(error))
+                    last_refusal = Some(error);
                 }
                 result => return result,
             }
         }
-        Err(first_refusal.expect("there is a candidate, and it was refused"))
+        Err(last_refusal.expect("there is a candidate, and it was refused"))
     }
 
     fn start_by(path: Path, netns: Netns, ring_size: u32) -> Result<Self, StartError> {
@@ -180,6 +182,9 @@ impl Session {
         let opened = |error: MapError| failed("open the counters")(&error);
         let transitions = take(&mut ebpf, "COUNTERS").map_err(opened)?;
         let lost = take(&mut ebpf, LOST).map_err(opened)?;
+        #[cfg(feature = "ebpf-log")]
+        let log = aya_log::EbpfLogger::init(&mut ebpf)
+            .map_err(|error| failed("open the debug log")(&error))?;
         give_back_memory();
         Ok(Self {
             path,
@@ -187,6 +192,8 @@ impl Session {
             transitions,
             lost,
             ebpf,
+            #[cfg(feature = "ebpf-log")]
+            log,
         })
     }
 
@@ -208,6 +215,8 @@ impl Session {
         sink: impl FnMut(Result<SetState, BadRecord>),
         budget: usize,
     ) -> Drained {
+        #[cfg(feature = "ebpf-log")]
+        self.log.flush();
         ring::drain(&mut self.ring, sink, budget)
     }
 
@@ -302,5 +311,21 @@ fn give_back_memory() {
     // SAFETY: takes no pointer, and locks what it works on.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_read_as_they_are_written() {
+        for path in Path::ALL {
+            assert_eq!(path.to_string().parse(), Ok(path));
+        }
+        assert_eq!(
+            "kprobe".parse::<Path>().unwrap_err().to_string(),
+            "unknown attach path \"kprobe\"; one of tp_btf, tp_btf_no_cookie, tracepoint"
+        );
     }
 }

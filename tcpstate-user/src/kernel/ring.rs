@@ -69,3 +69,58 @@ pub(super) fn drain(
     }
     Drained::Budget
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn refusal(asked: u64) -> String {
+        check_against(asked, 4096).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn sizes_that_the_kernel_takes() {
+        for size in [4096, 8192, DEFAULT_RING_SIZE.into(), MAX_RING_SIZE] {
+            assert_eq!(check_against(size, 4096).map(u64::from), Ok(size));
+        }
+    }
+
+    #[test]
+    fn others_are_refused_with_one_that_would_do() {
+        assert_eq!(
+            refusal(3000),
+            "ring size 3000 is not a power of two of pages; try 4096"
+        );
+        assert_eq!(
+            refusal(0),
+            "ring size 0 is not a power of two of pages; try 4096"
+        );
+        assert_eq!(
+            refusal(2048),
+            "ring size 2048 is not a power of two of pages; try 4096"
+        );
+        assert_eq!(
+            refusal(5000),
+            "ring size 5000 is not a power of two of pages; try 8192"
+        );
+        assert_eq!(
+            refusal(u64::MAX),
+            "ring size 18446744073709551615 is not at most 1 GiB; try 1073741824"
+        );
+        assert_eq!(
+            check_against(4096, 65536).unwrap_err().to_string(),
+            "ring size 4096 is not a power of two of pages; try 65536"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn a_suggestion_is_always_accepted(asked in any::<u64>(), page in prop::sample::select(vec![4096_u64, 16384, 65536])) {
+            if let Err(error) = check_against(asked, page) {
+                prop_assert!(check_against(error.suggestion, page).is_ok());
+            }
+        }
+    }
+}

@@ -31,6 +31,8 @@ pub enum SnapshotError {
     Netns(#[from] NetnsError),
     #[error("can't list the sockets of network namespace {inode}: {source}")]
     Dump { inode: u32, source: DumpError },
+    #[error("the snapshot's thread panicked")]
+    Panicked,
     #[error("can't start a thread for a snapshot: {0}")]
     Thread(io::Error),
 }
@@ -70,7 +72,8 @@ pub fn take(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, Sn
         .spawn(move || take_here(selection, states))
         .map_err(SnapshotError::Thread)?
         .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        // Its message is on stderr already.
+        .unwrap_or(Err(SnapshotError::Panicked))
 }
 
 /// Leaves the calling thread in any of the namespaces.

@@ -146,3 +146,66 @@ fn place_of(line: &str, name: &str) -> Option<Place> {
         size: size?,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Of Linux 6.18, without the print format.
+    const FORMAT: &str = "\
+name: inet_sock_set_state
+ID: 2287
+format:
+\tfield:unsigned short common_type;\toffset:0;\tsize:2;\tsigned:0;
+\tfield:unsigned char common_flags;\toffset:2;\tsize:1;\tsigned:0;
+\tfield:unsigned char common_preempt_count;\toffset:3;\tsize:1;\tsigned:0;
+\tfield:int common_pid;\toffset:4;\tsize:4;\tsigned:1;
+
+\tfield:const void * skaddr;\toffset:8;\tsize:8;\tsigned:0;
+\tfield:int oldstate;\toffset:16;\tsize:4;\tsigned:1;
+\tfield:int newstate;\toffset:20;\tsize:4;\tsigned:1;
+\tfield:__u16 sport;\toffset:24;\tsize:2;\tsigned:0;
+\tfield:__u16 dport;\toffset:26;\tsize:2;\tsigned:0;
+\tfield:__u16 family;\toffset:28;\tsize:2;\tsigned:0;
+\tfield:__u16 protocol;\toffset:30;\tsize:2;\tsigned:0;
+\tfield:__u8 saddr[4];\toffset:32;\tsize:4;\tsigned:0;
+\tfield:__u8 daddr[4];\toffset:36;\tsize:4;\tsigned:0;
+\tfield:__u8 saddr_v6[16];\toffset:40;\tsize:16;\tsigned:0;
+\tfield:__u8 daddr_v6[16];\toffset:56;\tsize:16;\tsigned:0;
+";
+
+    fn refusal(format: &str) -> String {
+        check_format(format).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_layout_that_the_program_reads_is_accepted() {
+        check_format(FORMAT).unwrap();
+    }
+
+    #[test]
+    fn another_layout_is_refused_with_the_field() {
+        assert_eq!(
+            refusal(&FORMAT.replace("offset:30;\tsize:2", "offset:30;\tsize:1")),
+            "the tracepoint's field protocol is at 30 with 1 bytes where at 30 with 2 bytes was expected"
+        );
+        assert_eq!(
+            refusal(&FORMAT.replace("oldstate;\toffset:16", "oldstate;\toffset:20")),
+            "the tracepoint's field oldstate is at 20 with 4 bytes where at 16 with 4 bytes was expected"
+        );
+        assert_eq!(
+            refusal(&FORMAT.replace(" skaddr;", " skaddr_old;")),
+            "the tracepoint's field skaddr is absent where at 8 with 8 bytes was expected"
+        );
+        assert!(check_format("").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_never_panics(text in "(\\\\tfield:[a-z_\\\\[\\\\]* ;:0-9]{0,40}\\\\n){0,4}") {
+            let _ = check_format(&text);
+        }
+    }
+}

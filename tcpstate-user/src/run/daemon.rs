@@ -84,7 +84,8 @@ async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()
     .await;
     tokio::task::spawn_blocking(|| thread.join())
         .await?
-        .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))?;
+        .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))?
+        .context("can't read the ring")?;
     anyhow::ensure!(!failed, "the tracer ended by itself");
     Ok(())
 }

@@ -145,6 +145,8 @@ impl Stream {
                 let _ = self.queue.try_send(batch);
                 0
             }
+            // There is room here still.
+            0 if self.batch.len() < BATCH_LINES => 0,
             0 => {
                 let before = self.batch.len();
                 let dropped_ns = &mut self.dropped_ns;

@@ -97,7 +97,10 @@ impl Tracer {
     ///
     /// # Errors
     /// No thread, or the ring can't be polled.
-    pub fn start(session: Session, options: Options) -> io::Result<(Self, JoinHandle<()>)> {
+    pub fn start(
+        session: Session,
+        options: Options,
+    ) -> io::Result<(Self, JoinHandle<io::Result<()>>)> {
         let (commands, inbox) = mpsc::unbounded_channel();
         let tracer = Self {
             commands: commands.clone(),
@@ -111,11 +114,7 @@ impl Tracer {
             .build()?;
         let thread = thread::Builder::new()
             .name("tracer".to_owned())
-            .spawn(move || {
-                if let Err(error) = runtime.block_on(state.run(session, inbox)) {
-                    tracing::error!("can't read the ring: {error}");
-                }
-            })?;
+            .spawn(move || runtime.block_on(state.run(session, inbox)))?;
         Ok((tracer, thread))
     }
 
@@ -257,6 +256,11 @@ impl State {
                     None | Some(Command::Stop) => break,
                     Some(command) => self.command(command, ring.get_mut()),
                 },
+                // Before what may always be ready: in lasting overload dumps are needed most.
+                _ = tick.tick() => {
+                    self.drain(ring.get_mut());
+                    self.tick(ring.get_mut());
+                }
                 () = std::future::ready(()), if self.more => self.drain(ring.get_mut()),
                 readable = ring.readable_mut() => {
                     let mut guard = readable?;
@@ -265,10 +269,6 @@ impl State {
                     if !self.more {
                         guard.clear_ready();
                     }
-                }
-                _ = tick.tick() => {
-                    self.drain(ring.get_mut());
-                    self.tick(ring.get_mut());
                 }
             }
         }

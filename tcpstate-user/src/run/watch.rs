@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 
 use super::streams::Batch;
@@ -45,12 +45,20 @@ pub fn run(args: &Watch) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("can't start the runtime")?;
+    // Before anybody is told that we trace, and may tell us to end.
+    let signals = {
+        let _entered = runtime.enter();
+        Signals {
+            interrupt: signal(SignalKind::interrupt()).context("can't wait for signals")?,
+            terminate: signal(SignalKind::terminate()).context("can't wait for signals")?,
+        }
+    };
     let Feed {
         mut lines,
         end,
         ended,
     } = open(args, &runtime)?;
-    runtime.spawn(ask_for_end(end, args.duration()));
+    runtime.spawn(ask_for_end(end, signals, args.duration()));
     let mut writer = LineWriter::new(args.output, Look::of_stdout(args.utc));
     match print(
         &mut lines,
@@ -68,16 +76,23 @@ pub fn run(args: &Watch) -> anyhow::Result<()> {
         .context("the stream's task failed")?
 }
 
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Signals {
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
 /// Waits for a signal or the time to be over, and asks for the end; a second signal does not wait for a reader that
 /// stands still, and nor does time.
-async fn ask_for_end(end: oneshot::Sender<()>, duration: Option<Duration>) {
-    let (Ok(mut interrupt), Ok(mut terminate)) = (
-        signal(SignalKind::interrupt()),
-        signal(SignalKind::terminate()),
-    ) else {
-        // The default action of the signals is left, which ends us as well.
-        return std::future::pending().await;
-    };
+async fn ask_for_end(end: oneshot::Sender<()>, mut signals: Signals, duration: Option<Duration>) {
     let over = async {
         match duration {
             Some(duration) => tokio::time::sleep(duration).await,
@@ -85,15 +100,13 @@ async fn ask_for_end(end: oneshot::Sender<()>, duration: Option<Duration>) {
         }
     };
     tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+        () = signals.any() => {}
         () = over => {}
     }
     // It may have ended by itself meanwhile.
     let _ = end.send(());
     tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
+        () = signals.any() => {}
         () = tokio::time::sleep(PATIENCE) => {}
     }
     // Still here: stdout takes no more. What we attached goes with the process.
@@ -249,7 +262,8 @@ fn direct(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
         drop(batches);
         tokio::task::spawn_blocking(|| thread.join())
             .await?
-            .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))
+            .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))?
+            .context("can't read the ring")
     });
     Ok(Feed { lines, end, ended })
 }

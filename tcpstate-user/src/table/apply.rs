@@ -8,7 +8,10 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
-use super::{Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table};
+use super::reconcile::{gone_change, mini_end};
+use super::{
+    Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
+};
 use crate::model::{
     Comm, ConnectionId, Endpoint, Evidence, Family, Owner, OwnerSource, Process, Role,
 };
@@ -81,6 +84,11 @@ impl Table {
         socket.owner = self.listener_owner(first, &socket);
         let before = self.take_request(&socket).as_ref().map(Place::of);
         self.vacate(key, first.time_ns, sink);
+        self.reused(
+            (socket.netns, socket.local, socket.remote),
+            first.time_ns,
+            sink,
+        );
         sink(&child_change(
             first,
             &socket,
@@ -106,7 +114,7 @@ impl Table {
             return None;
         }
         self.adopted.remove(&tuple);
-        self.mini.remove(&key).map(|request| request.socket)
+        self.remove_mini(key).map(|request| request.socket)
     }
 
     fn listener_owner(&self, first: &SetState, child: &Socket) -> Option<Owner> {
@@ -173,6 +181,19 @@ impl Table {
         full.missed = false;
         update(&mut full.socket, event);
         own(&mut full.socket, event, container);
+        if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
+            // Its port is known now.
+            let Socket {
+                netns,
+                local,
+                remote,
+                ..
+            } = full.socket;
+            self.reused((netns, local, remote), event.time_ns, sink);
+        }
+        let Some(full) = self.full.get_mut(&key) else {
+            return;
+        };
 
         if to == TcpState::CLOSE && from != to {
             if let Some(full) = self.full.remove(&key) {
@@ -247,11 +268,12 @@ impl Table {
             before,
             after: (!gone).then(|| Place::of(&socket)),
         });
+        // Also where a minisocket takes its place: a dump may have read the full one.
+        let dump_key = self.dump_key(&socket);
+        if let (Some(closed), Some(key)) = (&mut self.closed, dump_key) {
+            closed.insert(key, event.time_ns);
+        }
         if gone {
-            let key = self.dump_key(&socket);
-            if let (Some(closed), Some(key)) = (&mut self.closed, key) {
-                closed.insert(key, event.time_ns);
-            }
             return;
         }
         let key = match socket.cookie {
@@ -273,7 +295,7 @@ impl Table {
             event_ns: event.time_ns,
             socket,
         };
-        self.mini.insert(key, mini);
+        self.insert_mini(key, mini);
     }
 
     /// A socket whose beginning was not seen, or that begins with this event.
@@ -312,6 +334,28 @@ impl Table {
             end: None,
             before: Some(Place::of(&stale.socket)),
             after: None,
+        });
+    }
+
+    /// A socket has these ends now: the timewait socket that had them before was taken out of its way, without a word
+    /// (`tcp_twsk_unique` for a connect, `TCP_TW_SYN` for a SYN). Two sockets can't have the same ends in one namespace.
+    fn reused(&mut self, ends: Tuple, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
+        if self.identity == Identity::AddressWithoutNetns {
+            return;
+        }
+        let Some(Mini { mut socket, .. }) = self
+            .timewait
+            .get(&ends)
+            .copied()
+            .and_then(|key| self.remove_mini(key))
+        else {
+            return;
+        };
+        let before = Place::of(&socket);
+        socket.state = TcpState::CLOSE;
+        sink(&Change {
+            evidence: Evidence::Inferred,
+            ..gone_change(time_ns, &socket, before, mini_end(before.state))
         });
     }
 

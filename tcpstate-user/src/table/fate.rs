@@ -3,7 +3,9 @@
 //! Facts as of 5.10 to 6.18, net/ipv4/tcp.c, tcp_input.c, tcp_timer.c and tcp_minisocks.c.
 
 use tcpstate_common::TcpState;
-use tcpstate_common::event::{FLAG_DEAD, FLAG_DONE, FLAG_SOCKET_READ, SEND_SHUTDOWN, SetState};
+use tcpstate_common::event::{
+    FLAG_DEAD, FLAG_DONE, FLAG_SOCKET_READ, RCV_SHUTDOWN, SEND_SHUTDOWN, SetState,
+};
 
 use crate::model::End;
 
@@ -51,6 +53,14 @@ pub(super) fn end(event: &SetState) -> End {
     }
     match i32::from(event.sk_err) {
         0 => {}
+        // tcp_rcv_state_process() calls tcp_reset() itself where data comes after both directions were shut, and then
+        // it is we who send the reset: the fields are the same.
+        libc::ECONNRESET
+            if event.shutdown & RCV_SHUTDOWN != 0
+                && matches!(from, TcpState::FIN_WAIT1 | TcpState::FIN_WAIT2) =>
+        {
+            return End::Unknown;
+        }
         // tcp_reset(): EPIPE in CLOSE_WAIT, ECONNREFUSED in SYN_SENT, else ECONNRESET.
         libc::ECONNRESET | libc::EPIPE => return End::ResetReceived,
         libc::ECONNREFUSED => return End::Refused,

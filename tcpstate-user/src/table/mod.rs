@@ -15,7 +15,7 @@ mod tests;
 use std::collections::VecDeque;
 
 use rustc_hash::{FxHashMap, FxHashSet};
-use tcpstate_common::SetState;
+use tcpstate_common::{SetState, TcpState};
 
 use crate::model::{ConnectionId, Endpoint, Named, named};
 use listeners::Listeners;
@@ -150,6 +150,8 @@ pub struct Table {
     full: FxHashMap<u64, Full>,
     /// By cookie, or by a key of our own where events have no cookie: the address is another socket's by then.
     mini: FxHashMap<u64, Mini>,
+    /// Of `mini`: timewait sockets by their ends.
+    timewait: FxHashMap<Tuple, u64>,
     listeners: Listeners,
     /// First events of accepted sockets, by address, until the next event tells whose they are: up to 6.12
     /// they carry the listener's cookie and no remote end.
@@ -197,6 +199,7 @@ impl Table {
             identity,
             full: FxHashMap::default(),
             mini: FxHashMap::default(),
+            timewait: FxHashMap::default(),
             listeners: Listeners::default(),
             children: FxHashMap::default(),
             generations: Generations::default(),
@@ -250,6 +253,22 @@ impl Table {
             },
             None => ConnectionId::Own(self.own_number()),
         }
+    }
+
+    fn insert_mini(&mut self, key: u64, mini: Mini) {
+        if mini.socket.state != TcpState::NEW_SYN_RECV {
+            self.timewait.insert(self.tuple(&mini.socket), key);
+        }
+        self.mini.insert(key, mini);
+    }
+
+    fn remove_mini(&mut self, key: u64) -> Option<Mini> {
+        let mini = self.mini.remove(&key)?;
+        let tuple = self.tuple(&mini.socket);
+        if self.timewait.get(&tuple) == Some(&key) {
+            self.timewait.remove(&tuple);
+        }
+        Some(mini)
     }
 
     fn dump_key(&self, socket: &Socket) -> Option<DumpKey> {

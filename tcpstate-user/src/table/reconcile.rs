@@ -38,6 +38,25 @@ impl Table {
         for record in &snapshot.records {
             let dump_key = self.record_key(record);
             if is_mini(record) {
+                let newer = |ns: u64| ns.saturating_add(STORE_NS) >= record.read_ns.0;
+                let full = index.full.get(&dump_key).copied();
+                if record.state == TcpState::NEW_SYN_RECV {
+                    // Its child has come since.
+                    if full.is_some() || closed.get(&dump_key).is_some_and(|&ns| newer(ns)) {
+                        continue;
+                    }
+                } else if let Some(key) = full
+                    && self.full.get(&key).is_some_and(|full| {
+                        let ends = (full.socket.local, full.socket.remote);
+                        !newer(full.event_ns) && ends == (record.local, record.remote)
+                    })
+                {
+                    // Its →CLOSE was lost: what the table holds as full is this minisocket.
+                    index.full.remove(&dump_key);
+                    if let Some(key) = self.demote(key) {
+                        index.mini.insert(dump_key, key);
+                    }
+                }
                 let known = index.mini.get(&dump_key).copied();
                 let key = self.merge_mini(record, known, &mut sink);
                 // A socket can come twice in one dump.
@@ -161,6 +180,32 @@ impl Table {
         key
     }
 
+    /// Turns a full socket whose end was lost into a minisocket in the same state, and gives its key; what the dump
+    /// shows moves it on.
+    fn demote(&mut self, key: u64) -> Option<u64> {
+        let Full { socket, stay, .. } = self.full.remove(&key)?;
+        self.corrections.count(Correction::State);
+        if socket.state == TcpState::LISTEN {
+            self.listeners.remove(key, &socket);
+        }
+        self.generations.closed(socket.id);
+        let key = match socket.cookie {
+            Some(cookie) if !self.mini.contains_key(&cookie) => cookie,
+            _ => self.own_key(),
+        };
+        self.insert_mini(
+            key,
+            Mini {
+                socket,
+                stay,
+                expires_ns: None,
+                missed: false,
+                event_ns: 0,
+            },
+        );
+        Some(key)
+    }
+
     /// Gives the key of the table's entry for a minisocket: there is one now.
     fn merge_mini(
         &mut self,
@@ -223,7 +268,7 @@ impl Table {
             missed: false,
             event_ns: 0,
         };
-        self.mini.insert(key, mini);
+        self.insert_mini(key, mini);
         key
     }
 
@@ -297,7 +342,7 @@ impl Table {
                 mut socket,
                 expires_ns,
                 ..
-            }) = self.mini.remove(&key)
+            }) = self.remove_mini(key)
             else {
                 continue;
             };
@@ -352,7 +397,7 @@ fn was_established(state: TcpState) -> bool {
 
 /// The end of a connection of which the kernel kept a timewait socket that was not in TIME_WAIT: no event
 /// shows what came then, but who closed first is known.
-fn mini_end(before: TcpState) -> End {
+pub(super) fn mini_end(before: TcpState) -> End {
     match before {
         TcpState::FIN_WAIT2 => End::LocalClose,
         TcpState::CLOSING => End::SimultaneousClose,
@@ -413,7 +458,7 @@ fn found_change<'a>(record: &Record, socket: &'a Socket) -> Change<'a> {
 }
 
 /// A socket that dumps no longer show. A request that is gone is no transition of a socket.
-fn gone_change(time_ns: u64, socket: &Socket, before: Place, end: End) -> Change<'_> {
+pub(super) fn gone_change(time_ns: u64, socket: &Socket, before: Place, end: End) -> Change<'_> {
     let connection = !matches!(
         before.state,
         TcpState::LISTEN | TcpState::NEW_SYN_RECV | TcpState::TIME_WAIT

@@ -165,12 +165,18 @@ impl Watched {
         self.seen.last().expect("a change")
     }
 
+    /// Of each cookie; the table must not hold one twice.
     fn states(&self) -> BTreeMap<u64, TcpState> {
         let full = self.table.full.values().map(|full| &full.socket);
         let mini = self.table.mini.values().map(|mini| &mini.socket);
-        full.chain(mini)
-            .filter_map(|socket| Some((socket.cookie?, socket.state)))
-            .collect()
+        let mut states = BTreeMap::new();
+        for socket in full.chain(mini) {
+            if let Some(cookie) = socket.cookie {
+                let twice = states.insert(cookie, socket.state);
+                assert_eq!(twice, None, "{socket:?} is there twice");
+            }
+        }
+        states
     }
 }
 
@@ -771,6 +777,68 @@ fn what_a_namespace_held_goes_with_it() {
     }
     assert_eq!(watched.states(), BTreeMap::new());
     assert_eq!(watched.table.corrections(), [0; 4]);
+}
+
+/// The dump read it in one state, and events moved it on before the merge.
+#[test]
+fn a_dump_brings_back_nothing_that_changed_its_kind() {
+    let mut watched = Watched::new(Identity::Cookie);
+    watched.table.snapshot_begins();
+    watched.apply(&event(1100, 7, ESTABLISHED, FIN_WAIT1));
+    watched.apply(&event(1101, 7, FIN_WAIT1, FIN_WAIT2));
+    watched.apply(&with(event(1102, 7, FIN_WAIT2, CLOSE), |event| {
+        event.flags |= FLAG_DONE;
+    }));
+    watched.apply(&event(1100, 9, LISTEN, SYN_RECV));
+    watched.apply(&event(1100, 9, SYN_RECV, ESTABLISHED));
+    let read_before = vec![record(1000, 7, ESTABLISHED), record(1000, 9, NEW_SYN_RECV)];
+    watched.reconcile(&dump(990, 1200, read_before));
+    let expected = BTreeMap::from([(7, TIME_WAIT), (9, ESTABLISHED)]);
+    assert_eq!(watched.states(), expected);
+    assert_eq!(watched.table.len(), 2);
+}
+
+#[test]
+fn a_close_into_time_wait_that_was_lost_is_found() {
+    let mut watched = run(Identity::Cookie, &[event(1, 7, SYN_SENT, ESTABLISHED)]);
+    watched.table.events_lost(500 * MS);
+    watched.reconcile(&dump(990, 1200, vec![record(1000, 7, TIME_WAIT)]));
+    assert_eq!(watched.states(), BTreeMap::from([(7, TIME_WAIT)]));
+    assert_eq!(watched.last().id, "7.0");
+    assert_eq!(watched.last().shown, Some((ESTABLISHED, TIME_WAIT)));
+    assert_eq!(watched.last().end, Some(End::Unknown));
+}
+
+/// No event tells that a connect or a SYN took a timewait socket out of its way.
+#[test]
+fn a_connection_ends_the_time_wait_of_the_one_that_had_its_ends() {
+    let closed = with(event(1000, 7, FIN_WAIT2, CLOSE), |event| {
+        event.flags |= FLAG_DONE;
+    });
+    for identity in [Identity::Cookie, Identity::Address] {
+        let same_ends =
+            |time, from, to| with(event(time, 8, from, to), |event| event.local_port = 1007);
+        let before = [event(1, 7, FIN_WAIT1, FIN_WAIT2), closed];
+        let connects = [
+            with(same_ends(2000, CLOSE, SYN_SENT), |event| {
+                event.local_port = 0
+            }),
+            same_ends(2001, SYN_SENT, ESTABLISHED),
+        ];
+        let accepts = [
+            same_ends(2000, LISTEN, SYN_RECV),
+            same_ends(2001, SYN_RECV, ESTABLISHED),
+        ];
+        for again in [connects, accepts] {
+            let watched = run(identity, &[&before[..], &again[..]].concat());
+            let ended = Some((TIME_WAIT, CLOSE));
+            let end = watched.seen.iter().find(|seen| seen.shown == ended);
+            let end = end.expect("the end of TIME_WAIT");
+            assert_eq!((end.evidence, end.end), (Evidence::Inferred, None));
+            assert_eq!(watched.gauges[&(TIME_WAIT, None)], 0);
+            assert_eq!(watched.table.len(), 1);
+        }
+    }
 }
 
 /// A step of the kernel in miniature.

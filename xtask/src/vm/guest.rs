@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use cpio::newc::{Builder, ModeFileType, trailer};
 
 use super::kernel::Kernel;
-use super::{Cargo, Run};
+use super::{Payload, Run};
 use crate::host;
 use crate::libtest::{Count, Report};
 
@@ -66,11 +66,16 @@ fn qemu(accelerator: &str) -> Command {
 }
 
 /// Boots `kernel` and gives what the live tests said.
-pub fn run(kernel: &Kernel, cargo: &Cargo<'_>, accelerator: &str, limit: Duration) -> Result<Run> {
+pub fn run(
+    kernel: &Kernel,
+    payload: &Payload<'_>,
+    accelerator: &str,
+    limit: Duration,
+) -> Result<Run> {
     let folder = host::target().join("vm");
     let initramfs = folder.join(format!("{}.cpio", kernel.release));
     let console = folder.join(format!("{}.console", kernel.release));
-    pack(kernel, cargo, &initramfs)?;
+    pack(kernel, payload, &initramfs)?;
 
     let mut command = qemu(accelerator);
     command
@@ -153,7 +158,7 @@ fn read(console: String, release: &str, ended: Option<ExitStatus>, limit: Durati
     }
 }
 
-fn pack(kernel: &Kernel, cargo: &Cargo<'_>, initramfs: &Path) -> Result<()> {
+fn pack(kernel: &Kernel, payload: &Payload<'_>, initramfs: &Path) -> Result<()> {
     let file = fs::File::create(initramfs)
         .with_context(|| format!("can't make {}", initramfs.display()))?;
     let mut archive = Archive {
@@ -173,8 +178,8 @@ fn pack(kernel: &Kernel, cargo: &Cargo<'_>, initramfs: &Path) -> Result<()> {
             b"busybox",
         )?;
     }
-    archive.program("bin/tcpstate", &cargo.product)?;
-    archive.program("bin/live", &cargo.live)?;
+    archive.program("bin/tcpstate", &payload.product)?;
+    archive.program("bin/live", &payload.live)?;
     for (order, module) in kernel.modules.iter().enumerate() {
         let name = module.file_name().unwrap_or_default().display();
         archive.program(&format!("modules/{order}-{name}"), module)?;
@@ -183,7 +188,7 @@ fn pack(kernel: &Kernel, cargo: &Cargo<'_>, initramfs: &Path) -> Result<()> {
         "filter",
         ModeFileType::Regular,
         0o644,
-        cargo.filter.as_bytes(),
+        payload.filter.as_bytes(),
     )?;
     archive.add("init", ModeFileType::Regular, 0o755, INIT.as_bytes())?;
     trailer(archive.output)?.flush()?;

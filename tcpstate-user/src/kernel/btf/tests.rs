@@ -1,0 +1,264 @@
+use proptest::prelude::*;
+
+use super::*;
+
+/// Builds a BTF file.
+#[derive(Default)]
+struct Blob {
+    types: Vec<u8>,
+    count: u32,
+    strings: Vec<u8>,
+}
+
+impl Blob {
+    fn name(&mut self, name: &str) -> u32 {
+        if self.strings.is_empty() {
+            self.strings.push(0);
+        }
+        if name.is_empty() {
+            return 0;
+        }
+        let at = self.strings.len() as u32;
+        self.strings.extend(name.bytes());
+        self.strings.push(0);
+        at
+    }
+
+    fn words(&mut self, words: &[u32]) {
+        self.types
+            .extend(words.iter().flat_map(|word| word.to_ne_bytes()));
+    }
+
+    /// A type with what follows it; gives its id.
+    fn ty(&mut self, name: &str, info: u32, size_or_type: u32, tail: &[u32]) -> u32 {
+        let name = self.name(name);
+        self.words(&[name, info, size_or_type]);
+        self.words(tail);
+        self.count += 1;
+        self.count
+    }
+
+    fn int(&mut self, name: &str, size: u32) -> u32 {
+        self.ty(name, kind::INT << 24, size, &[size * 8])
+    }
+
+    fn of(&mut self, kind: u32, name: &str, id: u32) -> u32 {
+        self.ty(name, kind << 24, id, &[])
+    }
+
+    fn array(&mut self, id: u32, index: u32, len: u32) -> u32 {
+        self.ty("", kind::ARRAY << 24, 0, &[id, index, len])
+    }
+
+    /// A struct or union of (name, type, offset in bits, bits of a bit field).
+    fn record(
+        &mut self,
+        kind: u32,
+        name: &str,
+        size: u32,
+        members: &[(&str, u32, u32, u32)],
+    ) -> u32 {
+        let flag = u32::from(members.iter().any(|member| member.3 != 0)) << 31;
+        let tail: Vec<u32> = members
+            .iter()
+            .flat_map(|&(name, id, bits, field)| [self.name(name), id, field << 24 | bits])
+            .collect();
+        self.ty(name, flag | kind << 24 | members.len() as u32, size, &tail)
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let (types, strings) = (self.types.len() as u32, self.strings.len() as u32);
+        let mut bytes = MAGIC.to_ne_bytes().to_vec();
+        bytes.extend([1, 0]);
+        for word in [24, 0, types, types, strings] {
+            bytes.extend(word.to_ne_bytes());
+        }
+        bytes.extend(&self.types);
+        bytes.extend(&self.strings);
+        bytes
+    }
+}
+
+/// ```c
+/// struct net { long pad; struct { unsigned inum; } ns; };
+/// typedef struct { struct net *net; } possible_net_t;
+/// struct sock {
+///     union { long pair; struct { unsigned daddr; const unsigned rcv_saddr; }; };
+///     possible_net_t skc_net;
+///     char comm[16];
+///     unsigned char low : 4, high : 4;
+///     unsigned short num;
+/// };
+/// ```
+fn sock() -> Vec<u8> {
+    let mut blob = Blob::default();
+    let (long, unsigned, short, byte) = (
+        blob.int("long", 8),
+        blob.int("unsigned", 4),
+        blob.int("short", 2),
+        blob.int("char", 1),
+    );
+    // Declared before defined: not to be taken for the struct.
+    blob.of(kind::FWD, "net", 0);
+    let ns = blob.record(kind::STRUCT, "", 4, &[("inum", unsigned, 0, 0)]);
+    let net = blob.record(
+        kind::STRUCT,
+        "net",
+        16,
+        &[("pad", long, 0, 0), ("ns", ns, 64, 0)],
+    );
+    let net_ptr = blob.of(kind::PTR, "", net);
+    let possible = blob.record(kind::STRUCT, "", 8, &[("net", net_ptr, 0, 0)]);
+    let possible = blob.of(kind::TYPEDEF, "possible_net_t", possible);
+    let constant = blob.of(kind::CONST, "", unsigned);
+    let pair = blob.record(
+        kind::STRUCT,
+        "",
+        8,
+        &[("daddr", unsigned, 0, 0), ("rcv_saddr", constant, 32, 0)],
+    );
+    let addrs = blob.record(
+        kind::UNION,
+        "",
+        8,
+        &[("pair", long, 0, 0), ("", pair, 0, 0)],
+    );
+    let comm = blob.array(byte, unsigned, 16);
+    blob.record(
+        kind::STRUCT,
+        "sock",
+        40,
+        &[
+            ("", addrs, 0, 0),
+            ("skc_net", possible, 64, 0),
+            ("comm", comm, 128, 0),
+            ("low", byte, 256, 4),
+            ("high", byte, 260, 4),
+            ("num", short, 272, 0),
+        ],
+    );
+    blob.bytes()
+}
+
+fn offset(bytes: &[u8], name: &str, path: &str, size: u32) -> Result<u32, String> {
+    Btf::parse(bytes)
+        .and_then(|btf| btf.structure(name)?.offset(path, size))
+        .map_err(|error| error.to_string())
+}
+
+#[test]
+fn fields_are_found_through_anonymous_nested_and_renamed_types() {
+    let bytes = sock();
+    assert_eq!(offset(&bytes, "sock", "daddr", 4), Ok(0));
+    assert_eq!(offset(&bytes, "sock", "rcv_saddr", 4), Ok(4));
+    assert_eq!(offset(&bytes, "sock", "skc_net", 8), Ok(8));
+    assert_eq!(offset(&bytes, "sock", "skc_net.net", 8), Ok(8));
+    assert_eq!(offset(&bytes, "sock", "comm", 16), Ok(16));
+    assert_eq!(offset(&bytes, "sock", "num", 2), Ok(34));
+    assert_eq!(offset(&bytes, "net", "ns.inum", 4), Ok(8));
+}
+
+#[test]
+fn what_cannot_be_loaded_is_refused_by_name() {
+    let bytes = sock();
+    let refused = |name, path, size| offset(&bytes, name, path, size).unwrap_err();
+    assert_eq!(
+        refused("task", "pid", 4),
+        "the kernel's BTF has no struct task"
+    );
+    assert_eq!(
+        refused("sock", "skc_net.gone", 8),
+        "the kernel's BTF has no field sock.skc_net.gone"
+    );
+    // Through a pointer is another struct.
+    assert_eq!(
+        refused("sock", "skc_net.net.ns", 4),
+        "the kernel's BTF has no field sock.skc_net.net.ns"
+    );
+    for field in ["low", "high"] {
+        assert_eq!(
+            refused("sock", field, 1),
+            format!("the kernel's sock.{field} is a bit field, which can't be addressed")
+        );
+    }
+    assert_eq!(
+        refused("sock", "num", 4),
+        "the kernel's sock.num has 2 bytes where 4 were expected"
+    );
+}
+
+#[test]
+fn a_struct_that_contains_itself_ends_in_an_error() {
+    let mut blob = Blob::default();
+    blob.record(
+        kind::STRUCT,
+        "loop",
+        8,
+        &[("", 1, 0, 0), ("", 1, 0, 0), ("", 1, 0, 0)],
+    );
+    blob.of(kind::TYPEDEF, "circle", 2);
+    blob.record(kind::STRUCT, "round", 8, &[("member", 2, 0, 0)]);
+    let bytes = blob.bytes();
+    assert!(
+        offset(&bytes, "loop", "x", 4)
+            .unwrap_err()
+            .contains("malformed")
+    );
+    assert!(
+        offset(&bytes, "round", "member", 4)
+            .unwrap_err()
+            .contains("malformed")
+    );
+}
+
+#[test]
+fn other_files_are_refused() {
+    for bytes in [&b""[..], b"\x7fELF", &[0x9f], &[0; 64]] {
+        assert!(matches!(Btf::parse(bytes), Err(Malformed(_))));
+    }
+    let mut blob = Blob::default();
+    blob.of(25, "new", 0);
+    assert!(matches!(Btf::parse(&blob.bytes()), Err(BtfError::Kind(25))));
+}
+
+/// The beginning of `struct sock_common` has been the same from 3.x to 7.2.
+#[test]
+fn the_running_kernel_has_each_field() {
+    let found = offsets().unwrap();
+    let known = Offsets {
+        sk_daddr: 0,
+        sk_rcv_saddr: 4,
+        sk_dport: 12,
+        sk_num: 14,
+        sk_family: 16,
+        ..found
+    };
+    assert_eq!(found, known);
+    assert!(found.tcp_linger2 > found.inet_sport && found.inet_sport > found.sk_shutdown);
+}
+
+proptest! {
+    /// Any damage gives an answer or an error, in bounded time.
+    #[test]
+    fn damaged_bytes_never_panic(
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),
+        keep in any::<prop::sample::Index>(),
+        cut in any::<bool>(),
+    ) {
+        let mut bytes = sock();
+        for (at, byte) in damage {
+            *at.get_mut(&mut bytes) = byte;
+        }
+        if cut {
+            bytes.truncate(keep.index(bytes.len()));
+        }
+        for (name, path, size) in [("sock", "rcv_saddr", 4), ("sock", "num", 2), ("net", "ns.inum", 4), ("net", "no", 1)] {
+            let _ = offset(&bytes, name, path, size);
+        }
+    }
+
+    #[test]
+    fn any_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let _ = offset(&bytes, "sock", "num", 2);
+    }
+}
