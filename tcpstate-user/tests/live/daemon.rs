@@ -180,6 +180,77 @@ fn every_transition_of_a_storm_is_counted_and_none_is_lost() {
     });
 }
 
+/// With a ring that is too small: each record is received or counted as lost, and the gauges are right afterwards.
+#[test]
+fn what_a_full_ring_loses_is_counted_and_repaired() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&["--ring-size", "4096", "--reconcile-interval", "1s"]);
+        let connections = storm(Duration::from_secs(2));
+        let metrics = daemon.metrics();
+        let counted = metrics.sum("tcpstate_kernel_transitions_total");
+        assert_eq!(counted, (6 * connections + 2) as f64);
+        let lost = metrics.get("tcpstate_events_lost_total{reason=\"ring_full\"}");
+        let received = metrics.get("tcpstate_events_received_total");
+        assert!(lost > 0.0, "a ring of a page held {received} events");
+        assert_eq!(counted, received + lost);
+        // A full dump follows a loss, and what two of them lack is gone.
+        until("the gauges are right again", || {
+            let metrics = daemon.metrics();
+            let left = [
+                "established",
+                "syn_sent",
+                "syn_recv",
+                "close_wait",
+                "time_wait",
+            ];
+            left.iter().all(|state| metrics.state(state) == 0.0) && metrics.state("listen") == 1.0
+        });
+    });
+}
+
+/// Sockets by state, as /proc/net/tcp shows those of the calling thread's namespace.
+fn proc_count(state: &str) -> f64 {
+    let table = fs::read_to_string("/proc/thread-self/net/tcp").expect("/proc is mounted");
+    let of_it = |line: &&str| line.split_whitespace().nth(3) == Some(state);
+    table.lines().skip(1).filter(of_it).count() as f64
+}
+
+/// Connections that close while a dump is read, and whose ends are used again while their TIME_WAIT lives.
+#[test]
+fn the_gauges_hold_under_churn() {
+    in_namespace(|_| {
+        // Few ports, so that they come again: on loopback a second after their TIME_WAIT began.
+        sys::set_sysctl("net/ipv4/ip_local_port_range", "40000 42047").expect("a sysctl");
+        let daemon = Daemon::start(&["--reconcile-interval", "100ms"]);
+        let listener = Tcp::listening(LOOPBACK, 64);
+        let idle: Vec<(Tcp, Tcp)> = (0..50)
+            .map(|_| (Tcp::connected(listener.local()), listener.accept()))
+            .collect();
+        let end = Instant::now() + Duration::from_secs(4);
+        while Instant::now() < end {
+            let client = Tcp::connected(listener.local());
+            let server = listener.accept();
+            client.shutdown(rustix::net::Shutdown::Write);
+            server.peek();
+            drop(server);
+            drop(client);
+            thread::sleep(Duration::from_millis(1));
+        }
+        let states = [("established", "01"), ("time_wait", "06"), ("listen", "0A")];
+        until("the gauges are those of /proc/net/tcp", || {
+            let metrics = daemon.metrics();
+            states
+                .iter()
+                .all(|(state, number)| metrics.state(state) == proc_count(number))
+        });
+        let metrics = daemon.metrics();
+        assert!(metrics.state("time_wait") > 0.0);
+        let invented = "tcpstate_connection_ends_total{comm=\"<none>\",end=\"unknown\"}";
+        assert_eq!(metrics.get(invented), 0.0);
+        drop(idle);
+    });
+}
+
 /// The daemon starts after them: it must find them all, and follow them from there.
 #[test]
 fn the_gauges_start_right_and_stay_so() {
