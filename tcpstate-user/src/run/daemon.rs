@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::tracer::{self, Tracer};
-use super::{attach, select, start};
+use super::{attach, say, select, start};
 use crate::cli::Attach;
 use crate::config::DaemonConfig;
 use crate::export::http::{self, Backend, Limits, Listeners, Refusal, Subscribed, UnixSocket};
@@ -50,10 +50,10 @@ async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()
             tracing::info!("metrics at http://{addr}{}", config.telemetry_path);
         }
     }
-    eprintln!(
+    say(format_args!(
         "tracing directly ({path}), network namespaces: {netns}; served at {}",
         config.socket.display()
-    );
+    ));
 
     let served = Served {
         tracer: tracer.clone(),

@@ -7,9 +7,9 @@ mod streams;
 mod tracer;
 mod watch;
 
-use std::fs;
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::{fmt, fs};
 
 use anyhow::Context as _;
 
@@ -36,9 +36,13 @@ pub fn run(cli: Cli) -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error, status: ExitCode) -> ExitCode {
-    // Nobody is left to be told if this fails.
-    let _ = writeln!(std::io::stderr(), "error: {error:#}");
+    say(format_args!("error: {error:#}"));
     status
+}
+
+/// A line on stderr. Where that is full or closed there is nobody to be told, and what we do goes on.
+fn say(line: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// What the flag means here.

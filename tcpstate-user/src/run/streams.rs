@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 
 use crate::filter::Subscription;
 use crate::model::{Line, Loss, LossReason};
@@ -17,6 +17,9 @@ pub type Batch = Vec<Line>;
 const QUEUE_BATCHES: usize = 64;
 const BATCH_LINES: usize = 1024;
 
+/// Each costs the tracer's thread its filter and its lines, and up to a full queue of memory.
+pub const MOST_STREAMS: usize = 16;
+
 /// How long the last lines may take to find room.
 const FINISH: Duration = Duration::from_secs(1);
 
@@ -29,6 +32,8 @@ pub struct Streams {
 
 pub struct Stream {
     subscription: Subscription,
+    /// Free again when the stream is gone.
+    _place: OwnedSemaphorePermit,
     /// What happened before is not this reader's; `CLOCK_BOOTTIME`, nanoseconds.
     since_ns: u64,
     queue: mpsc::Sender<Batch>,
@@ -95,10 +100,15 @@ impl Streams {
 
 impl Stream {
     /// A stream of what happens from `since_ns` on, and where its reader finds it.
-    pub fn new(subscription: Subscription, since_ns: u64) -> (Self, mpsc::Receiver<Batch>) {
+    pub fn new(
+        subscription: Subscription,
+        since_ns: u64,
+        place: OwnedSemaphorePermit,
+    ) -> (Self, mpsc::Receiver<Batch>) {
         let (queue, batches) = mpsc::channel(QUEUE_BATCHES);
         let stream = Self {
             subscription,
+            _place: place,
             since_ns,
             queue,
             batch: Vec::new(),

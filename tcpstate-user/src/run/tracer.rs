@@ -14,10 +14,10 @@ use tcpstate_common::SetState;
 use tcpstate_common::event::{FLAG_SOCKET_READ, FLAG_TASK};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
-use super::streams::{Batch, Stream, Streams};
+use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
 use crate::filter::Subscription;
 use crate::kernel::netns::NetnsError;
 use crate::kernel::snapshot::{self, SnapshotError};
@@ -61,6 +61,7 @@ pub struct Tracer {
     commands: mpsc::UnboundedSender<Command>,
     ready: Arc<AtomicBool>,
     netns: NetnsSelection,
+    stream_places: Arc<Semaphore>,
 }
 
 enum Command {
@@ -92,6 +93,16 @@ impl Dump {
 #[error("the tracer has stopped")]
 pub struct Stopped;
 
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+pub enum NoStream {
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+    #[error(
+        "{MOST_STREAMS} streams are read already, which is all there may be; try again when one has ended"
+    )]
+    TooMany,
+}
+
 impl Tracer {
     /// Starts the thread; `session` is attached already. The first snapshot begins at once.
     ///
@@ -106,6 +117,7 @@ impl Tracer {
             commands: commands.clone(),
             ready: Arc::default(),
             netns: options.netns,
+            stream_places: Arc::new(Semaphore::new(MOST_STREAMS)),
         };
         let state = State::new(&session, options, commands.downgrade(), &tracer.ready);
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -145,9 +157,11 @@ impl Tracer {
     /// A stream of what happens from now on. Who does not keep up loses lines, and is told how many.
     ///
     /// # Errors
-    /// [`Stopped`].
-    pub fn subscribe(&self, subscription: Subscription) -> Result<mpsc::Receiver<Batch>, Stopped> {
-        let (stream, batches) = Stream::new(subscription, now_ns());
+    /// [`NoStream`].
+    pub fn subscribe(&self, subscription: Subscription) -> Result<mpsc::Receiver<Batch>, NoStream> {
+        let place = Arc::clone(&self.stream_places).try_acquire_owned();
+        let place = place.map_err(|_| NoStream::TooMany)?;
+        let (stream, batches) = Stream::new(subscription, now_ns(), place);
         self.commands
             .send(Command::Subscribe(Box::new(stream)))
             .map_err(|_| Stopped)?;
@@ -489,10 +503,14 @@ impl State {
             boot_to_unix_ns,
             ..
         } = self;
-        table.reconcile(&snapshot, |change| {
+        let doubtful = table.reconcile(&snapshot, |change| {
             stats.apply(change);
             streams.push(change, *boot_to_unix_ns);
         });
+        if doubtful {
+            // What two dumps lack is gone: the second should not be long.
+            self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
+        }
         self.streams.flush();
         self.dumped_ns = snapshot.finished_ns;
         self.dump_failure.clear();

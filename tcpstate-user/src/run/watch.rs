@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::streams::Batch;
 use super::tracer::{self, Tracer};
-use super::{attach, resolve, select, start};
+use super::{attach, resolve, say, select, start};
 use crate::cli::Watch;
 use crate::export::client::{ConnectError, Events};
 use crate::export::http::DEFAULT_SOCKET;
@@ -162,10 +162,10 @@ fn open(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
         Err(error) if args.socket.is_some() => Err(error.into()),
         Err(ConnectError::NotFound(_)) => direct(args, runtime),
         Err(ConnectError::NotServed(path)) => {
-            eprintln!(
+            say(format_args!(
                 "warning: nobody serves the socket {}; tracing directly",
                 path.display()
-            );
+            ));
             direct(args, runtime)
         }
         // Who may load programs needs no daemon; who may not is told how to reach it.
@@ -196,7 +196,9 @@ fn daemon(
         _ => bail!("the stream of {path} does not begin as a tcpstate daemon's does"),
     }
     if !args.quiet {
-        eprintln!("tracing by the daemon at {path}, network namespaces: {netns}");
+        say(format_args!(
+            "tracing by the daemon at {path}, network namespaces: {netns}"
+        ));
     }
     let (sender, lines) = mpsc::channel(1);
     let (end, mut asked) = oneshot::channel();
@@ -236,7 +238,9 @@ fn direct(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
     })?;
     let first = vec![Line::Start(start(Source::Direct, netns)?)];
     if !args.quiet {
-        eprintln!("tracing directly ({path}), network namespaces: {netns}");
+        say(format_args!(
+            "tracing directly ({path}), network namespaces: {netns}"
+        ));
     }
     let (sender, lines) = mpsc::channel(1);
     let (end, mut asked) = oneshot::channel();

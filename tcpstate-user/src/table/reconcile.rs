@@ -30,7 +30,9 @@ impl Table {
     }
 
     /// Merges a dump. All events up to its end must have been applied.
-    pub fn reconcile(&mut self, snapshot: &Snapshot, mut sink: impl FnMut(&Change<'_>)) {
+    ///
+    /// Tells whether it lacked a full socket for the first time: the next dump decides.
+    pub fn reconcile(&mut self, snapshot: &Snapshot, mut sink: impl FnMut(&Change<'_>)) -> bool {
         let mut index = self.index();
         let closed = self.closed.take().unwrap_or_default();
         let mut seen_full = FxHashSet::default();
@@ -71,10 +73,11 @@ impl Table {
                 }
             }
         }
-        self.drop_full(snapshot, &seen_full, &mut sink);
+        let doubtful = self.drop_full(snapshot, &seen_full, &mut sink);
         self.drop_mini(snapshot, &seen_mini, &mut sink);
         self.listed.extend(&snapshot.netns);
         self.corrections.begun = true;
+        doubtful
     }
 
     fn record_key(&self, record: &Record) -> DumpKey {
@@ -272,21 +275,26 @@ impl Table {
         key
     }
 
-    /// Full sockets that the dump should have shown.
+    /// Full sockets that the dump should have shown; tells whether there was one that no dump had lacked before.
     fn drop_full(
         &mut self,
         snapshot: &Snapshot,
         seen: &FxHashSet<u64>,
         sink: &mut impl FnMut(&Change<'_>),
-    ) {
+    ) -> bool {
         let mut gone = Vec::new();
+        let mut doubtful = false;
         for (&key, full) in &mut self.full {
             // A namespace that no dump has listed may live where none can find it, and its events come.
             let known = |netns| self.listed.contains(&netns);
             let due = covers(snapshot, &full.socket, known)
                 && full.event_ns.saturating_add(STORE_NS) < snapshot.started_ns;
-            if due && !seen.contains(&key) && std::mem::replace(&mut full.missed, true) {
-                gone.push(key);
+            if due && !seen.contains(&key) {
+                if std::mem::replace(&mut full.missed, true) {
+                    gone.push(key);
+                } else {
+                    doubtful = true;
+                }
             }
         }
         for key in gone {
@@ -314,6 +322,7 @@ impl Table {
                 End::Unknown,
             ));
         }
+        doubtful
     }
 
     /// Minisockets that the dump should have shown: gone at once if their time was over, else if the next

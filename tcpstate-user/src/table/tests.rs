@@ -140,7 +140,9 @@ impl Watched {
     }
 
     fn reconcile(&mut self, snapshot: &Snapshot) {
-        self.take(|table, sink| table.reconcile(snapshot, sink));
+        self.take(|table, sink| {
+            table.reconcile(snapshot, sink);
+        });
     }
 
     /// The gauges added up from the changes are those of the sockets that the table holds.

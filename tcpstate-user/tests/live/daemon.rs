@@ -504,6 +504,21 @@ fn who_may_not_trace_is_told_what_is_missing() {
     });
 }
 
+/// Where stderr takes nothing, tracing goes on.
+#[test]
+fn a_full_stderr_ends_nothing() {
+    in_namespace(|_| {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full");
+        let status = Command::new(product())
+            .args(["watch", "--direct", "--netns", "self", "-d", "200ms"])
+            .stdout(Stdio::null())
+            .stderr(full.expect("/dev/full"))
+            .status()
+            .expect("the product starts");
+        assert!(status.success(), "{status}");
+    });
+}
+
 /// A reader of the daemon's stream needs no rights but the socket's.
 #[test]
 fn the_daemons_stream_is_the_tracers() {
@@ -561,5 +576,19 @@ fn the_daemons_stream_is_the_tracers() {
         assert_eq!(status, 1, "{said}");
         assert!(said.contains("network namespace 1 is not traced"), "{said}");
         assert_eq!(daemon.get("/v1/events?colour=red").0, 400);
+        // Readers that never read take all the places there are, and no more.
+        let clients = || daemon.metrics().get("tcpstate_stream_clients");
+        until("the first reader's place is free", || clients() == 0.0);
+        let stalled: Vec<UnixStream> = (0..16)
+            .map(|_| {
+                let mut stream = UnixStream::connect(&daemon.socket).expect("the daemon's socket");
+                write!(stream, "GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("sent");
+                stream
+            })
+            .collect();
+        until("all places are taken", || clients() == 16.0);
+        let (status, said) = daemon.get("/v1/events");
+        assert_eq!((status, said.lines().count()), (503, 1), "{said}");
+        drop(stalled);
     });
 }
