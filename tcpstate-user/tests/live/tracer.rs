@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -51,7 +51,7 @@ impl Stream {
     }
 
     fn lock(&self) -> MutexGuard<'_, Output> {
-        self.0.0.lock().expect("no reader panics")
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits for lines that satisfy `enough`; false where the stream ended or time ran out before.
@@ -66,7 +66,12 @@ impl Stream {
             if output.over || left.is_zero() {
                 return false;
             }
-            output = self.0.1.wait_timeout(output, left).expect("no panic").0;
+            output = self
+                .0
+                .1
+                .wait_timeout(output, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 }
