@@ -17,7 +17,8 @@ use crate::maps::offset;
 /// `task_struct.flags`: a kernel thread. Where one closes a socket (a delayed `fput`), it does so for another.
 const PF_KTHREAD: u32 = 0x0020_0000;
 
-/// Set as a whole by close alone, and before it changes the state; shutdown changes the state first, or in no way.
+/// Close sets all of it before it changes the state. So does a shutdown of both directions (`inet_shutdown`), but that
+/// leads to FIN_WAIT1 or LAST_ACK, never straight to CLOSE.
 const SHUTDOWN_MASK: u8 = RCV_SHUTDOWN | SEND_SHUTDOWN;
 
 /// The process fields of a record.

@@ -26,7 +26,7 @@ use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, 
 use crate::model::{Loss, LossReason, NetnsSelection, TcpState};
 use crate::owner::{Containers, comm_of};
 use crate::stats::Stats;
-use crate::table::{Identity, STORE_NS, Snapshot, StateMask, Table};
+use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -347,17 +347,8 @@ impl State {
         } else {
             None
         };
-        let Self {
-            table,
-            stats,
-            streams,
-            boot_to_unix_ns,
-            ..
-        } = self;
-        table.apply(&event, container.as_ref(), |change| {
-            stats.apply(change);
-            streams.push(change, *boot_to_unix_ns);
-        });
+        let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+        self.table.apply(&event, container.as_ref(), tell);
     }
 
     fn lose(&mut self, reason: LossReason, count: u64, time_ns: u64) {
@@ -404,17 +395,9 @@ impl State {
         if now_ns >= self.checked_ns + SECOND_NS {
             self.checked_ns = now_ns;
             self.boot_to_unix_ns = boot_to_unix_ns();
-            let Self {
-                table,
-                stats,
-                streams,
-                boot_to_unix_ns,
-                ..
-            } = self;
-            table.flush_children(now_ns.saturating_sub(SECOND_NS), |change| {
-                stats.apply(change);
-                streams.push(change, *boot_to_unix_ns);
-            });
+            let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+            self.table
+                .flush_children(now_ns.saturating_sub(SECOND_NS), tell);
             self.streams.flush();
         }
         if self.dump.is_none() && now_ns >= self.next_full_ns {
@@ -496,17 +479,8 @@ impl State {
         };
         self.drain_to(session, snapshot.finished_ns);
         self.check_losses(session);
-        let Self {
-            table,
-            stats,
-            streams,
-            boot_to_unix_ns,
-            ..
-        } = self;
-        let doubtful = table.reconcile(&snapshot, |change| {
-            stats.apply(change);
-            streams.push(change, *boot_to_unix_ns);
-        });
+        let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+        let doubtful = self.table.reconcile(&snapshot, tell);
         if doubtful {
             // What two dumps lack is gone: the second should not be long.
             self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
@@ -586,6 +560,18 @@ impl State {
             }),
             counted,
         }
+    }
+}
+
+/// Where the table's changes go.
+fn tell<'a>(
+    stats: &'a mut Stats,
+    streams: &'a mut Streams,
+    boot_to_unix_ns: i64,
+) -> impl FnMut(&Change<'_>) + 'a {
+    move |change| {
+        stats.apply(change);
+        streams.push(change, boot_to_unix_ns);
     }
 }
 
