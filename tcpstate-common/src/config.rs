@@ -39,6 +39,8 @@ pub struct Offsets {
     pub task_group_leader: u32,
     pub task_comm: u32,
     pub task_start_boottime: u32,
+    /// In `struct socket`: `sk`.
+    pub socket_sk: u32,
 }
 
 #[repr(C)]
@@ -50,5 +52,5 @@ pub struct Switches {
     pub wake_bytes: u32,
 }
 
-const _: () = assert!(size_of::<Offsets>() == 22 * 4);
+const _: () = assert!(size_of::<Offsets>() == 23 * 4);
 const _: () = assert!(size_of::<Switches>() == 8);

@@ -3,7 +3,7 @@
 //! When to drain is the caller's: the kernel side wakes only for much (see [`WAKE_SHARE`]), so a tick is needed.
 
 use aya::maps::{MapData, RingBuf};
-use tcpstate_common::{SetState, event::BadRecord};
+use tcpstate_common::{Event, event::BadRecord};
 
 /// 150 ms of slack at 240,000 events a second.
 pub const DEFAULT_RING_SIZE: u32 = 4 << 20;
@@ -58,14 +58,14 @@ pub enum Drained {
 
 pub(super) fn drain(
     ring: &mut RingBuf<MapData>,
-    mut sink: impl FnMut(Result<SetState, BadRecord>),
+    mut sink: impl FnMut(Result<Event, BadRecord>),
     budget: usize,
 ) -> Drained {
     for _ in 0..budget {
         let Some(record) = ring.next() else {
             return Drained::Empty;
         };
-        sink(SetState::decode(&record));
+        sink(Event::decode(&record));
     }
     Drained::Budget
 }

@@ -80,6 +80,10 @@ named! {
         TpBtf = "tp_btf",
         /// The socket cookie in events (5.12); without it, identity is the socket's address and a generation.
         SocketCookie = "socket_cookie",
+        /// fexit on `inet_csk_accept`: who accepted a connection, at once; without it, when it is swept or closed.
+        AcceptFexit = "accept_fexit",
+        /// The iterator over all descriptors; without it, `/proc/PID/fd` is read.
+        TaskFileIter = "task_file_iter",
     }
 }
 

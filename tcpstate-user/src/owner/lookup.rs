@@ -63,7 +63,7 @@ impl Containers {
         Self {
             proc: proc.to_owned(),
             unified,
-            ns_per_tick: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
+            ns_per_tick: ns_per_tick(),
             known: FxHashMap::default(),
         }
     }
@@ -125,6 +125,16 @@ impl Containers {
         let folder = self.unified.as_ref()?.join(path.trim_start_matches('/'));
         Some(fs::metadata(folder).ok()?.ino())
     }
+}
+
+/// When the process in this folder of `/proc` started: `CLOCK_BOOTTIME` nanoseconds, rounded down to a tick.
+pub(super) fn start_ns(folder: &Path) -> Option<u64> {
+    let ticks = start_ticks(&fs::read(folder.join("stat")).ok()?)?;
+    Some(ticks * ns_per_tick())
+}
+
+fn ns_per_tick() -> u64 {
+    1_000_000_000 / rustix::param::clock_ticks_per_second().max(1)
 }
 
 /// Field 22 of `/proc/PID/stat`. The name in field 2 may hold blanks and brackets.

@@ -8,6 +8,7 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
+use super::owners::{Known, as_listener};
 use super::reconcile::{gone_change, mini_end};
 use super::{
     Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
@@ -58,6 +59,7 @@ impl Table {
         for first in &late {
             self.lone_child(first, &mut sink);
         }
+        self.owners.flush(before_ns);
     }
 
     /// An accepted socket's first event whose second was lost. It shows what the kernel said; the table does
@@ -67,7 +69,8 @@ impl Table {
         let mut socket = new_socket(first, id, None);
         socket.remote = Endpoint::default();
         socket.role = Some(Role::Passive);
-        socket.owner = self.listener_owner(first, &socket);
+        let known = self.listener_of(first, &socket);
+        own_by(&mut socket, known);
         sink(&child_change(first, &socket, None, None));
     }
 
@@ -81,7 +84,9 @@ impl Table {
         let mut socket = new_socket(second, id, cookie);
         socket.state = TcpState::SYN_RECV;
         socket.role = Some(Role::Passive);
-        socket.owner = self.listener_owner(first, &socket);
+        let accepted = self.owners.accepted_early(key);
+        let known = accepted.or_else(|| self.listener_of(first, &socket));
+        own_by(&mut socket, known);
         let before = self.take_request(&socket).as_ref().map(Place::of);
         self.vacate(key, first.time_ns, sink);
         self.reused(
@@ -117,20 +122,18 @@ impl Table {
         self.remove_mini(key).map(|request| request.socket)
     }
 
-    fn listener_owner(&self, first: &SetState, child: &Socket) -> Option<Owner> {
-        let listening = |key: u64| {
-            let full = self.full.get(&key)?;
-            (full.socket.state == TcpState::LISTEN).then_some(full.socket.owner)
-        };
-        let owner = match listening(first.cookie) {
-            // Up to 6.12: the child's first event carries its listener's cookie.
-            Some(owner) if self.identity == Identity::Cookie => owner,
-            _ => self.listeners.owner(child, |key| listening(key)?),
-        };
-        owner.map(|owner| Owner {
-            source: OwnerSource::Listener,
-            ..owner
-        })
+    /// Who listens for the socket that `first` is the first event of.
+    fn listener_of(&self, first: &SetState, child: &Socket) -> Option<Known> {
+        // Up to 6.12 the event carries the listener's cookie.
+        let named = (self.identity == Identity::Cookie)
+            .then(|| self.full.get(&first.cookie))
+            .flatten()
+            .map(|full| &full.socket)
+            .filter(|socket| socket.state == TcpState::LISTEN);
+        match named {
+            Some(socket) => Some((as_listener(socket.owner?), socket.container.clone())),
+            None => self.listening(child),
+        }
     }
 
     /// The key of the event's socket; `None` where the kernel gave no cookie though it should have.
@@ -207,6 +210,9 @@ impl Table {
                 since_ns: event.time_ns,
                 seen: true,
             };
+        }
+        if to == TcpState::ESTABLISHED {
+            self.owners.established(&full.socket);
         }
         let moved = (from != to).then_some((from, to));
         sink(&Change {
@@ -422,6 +428,7 @@ fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket
         owner: None,
         uid: uid(event),
         container: None,
+        holders: None,
         established: !matches!(
             from,
             TcpState::CLOSE | TcpState::LISTEN | TcpState::SYN_SENT | TcpState::SYN_RECV
@@ -482,6 +489,13 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
         source,
     });
     socket.container = container.cloned();
+}
+
+fn own_by(socket: &mut Socket, known: Option<Known>) {
+    if let Some((owner, container)) = known {
+        socket.owner = Some(owner);
+        socket.container = container;
+    }
 }
 
 /// Family and both ends as the contract writes them. A listener has no remote end.

@@ -1,11 +1,13 @@
 //! The table of sockets: turns the kernel's events and dumps into what happened, and says how it knows.
 //!
-//! Pure: time comes in with the events, and nothing here knows where they came from. Two doors lead in:
-//! [`Table::apply`] for an event, [`Table::reconcile`] for a dump.
+//! Pure: time comes in with the events, and nothing here knows where they came from. The doors are
+//! [`Table::apply`] and [`Table::accepted`] for events, [`Table::reconcile`] for a dump of the sockets, and
+//! [`Table::swept`] for one of who holds them.
 
 mod apply;
 mod fate;
 mod listeners;
+mod owners;
 mod reconcile;
 mod snapshot;
 mod socket;
@@ -19,8 +21,9 @@ use tcpstate_common::{SetState, TcpState};
 
 use crate::model::{ConnectionId, Endpoint, Named, named};
 use listeners::Listeners;
+use owners::Owners;
 pub use reconcile::STORE_NS;
-pub use snapshot::{Record, Snapshot, StateMask, Unreachable};
+pub use snapshot::{Holder, Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
 
 /// What tells two sockets apart in events.
@@ -156,6 +159,7 @@ pub struct Table {
     /// First events of accepted sockets, by address, until the next event tells whose they are: up to 6.12
     /// they carry the listener's cookie and no remote end.
     children: FxHashMap<u64, SetState>,
+    owners: Owners,
     generations: Generations,
     /// Where events have no cookie: sockets that a dump found and no event has shown.
     adopted: FxHashMap<Tuple, u64>,
@@ -202,6 +206,7 @@ impl Table {
             timewait: FxHashMap::default(),
             listeners: Listeners::default(),
             children: FxHashMap::default(),
+            owners: Owners::default(),
             generations: Generations::default(),
             adopted: FxHashMap::default(),
             listed: FxHashSet::default(),

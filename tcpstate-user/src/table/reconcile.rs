@@ -443,11 +443,16 @@ fn found_socket(record: &Record, id: ConnectionId) -> Socket {
         role: match record.state {
             TcpState::SYN_SENT => Some(Role::Active),
             TcpState::NEW_SYN_RECV => Some(Role::Passive),
+            // Without a file: not accepted yet. An orphan is past these states.
+            TcpState::ESTABLISHED | TcpState::CLOSE_WAIT if record.inode == 0 => {
+                Some(Role::Passive)
+            }
             _ => None,
         },
         owner: None,
         uid: record.uid,
         container: None,
+        holders: None,
         established: was_established(record.state),
     }
 }
