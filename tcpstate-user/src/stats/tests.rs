@@ -33,6 +33,7 @@ fn socket(comm: Option<&str>, state: TcpState) -> Socket {
         }),
         uid: None,
         container: None,
+        holders: None,
         established: false,
     }
 }

@@ -224,7 +224,9 @@ fn other_files_are_refused() {
 /// The beginning of `struct sock_common` has been the same from 3.x to 7.2.
 #[test]
 fn the_running_kernel_has_each_field() {
-    let found = offsets().unwrap();
+    let layout = layout().unwrap();
+    assert!(matches!(layout.accept_arguments, Some(2 | 4)));
+    let found = layout.offsets;
     let known = Offsets {
         sk_daddr: 0,
         sk_rcv_saddr: 4,
