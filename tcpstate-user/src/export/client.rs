@@ -1,4 +1,4 @@
-//! The other end of the daemon's stream: what `tcpstate watch` reads when a daemon runs.
+//! The other end of what the daemon streams: what `tcpstate watch` and `tcpstate list` read when a daemon runs.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 
 use super::{ParseError, parse_line};
-use crate::filter::Subscription;
+use crate::filter::{Selection, Subscription};
 use crate::model::Line;
 
 /// For connecting and the head of the answer.
@@ -34,7 +34,7 @@ pub enum ConnectError {
     )]
     PermissionDenied(PathBuf),
     /// In the daemon's words.
-    #[error("the daemon refuses the stream: {0}")]
+    #[error("the daemon refuses: {0}")]
     Refused(String),
     #[error("what serves the socket {} is no tcpstate daemon: {problem}", .path.display())]
     NoDaemon { path: PathBuf, problem: String },
@@ -67,7 +67,19 @@ impl Events {
     /// # Errors
     /// No daemon, none that one may talk to, or none that wants to.
     pub async fn connect(path: &Path, subscription: &Subscription) -> Result<Self, ConnectError> {
-        let asked = tokio::time::timeout(PATIENCE, Self::ask(path, subscription));
+        Self::open(path, &format!("/v1/events?{}", subscription.to_query())).await
+    }
+
+    /// The sockets that exist now: a stream that ends.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn list(path: &Path, selection: &Selection) -> Result<Self, ConnectError> {
+        Self::open(path, &format!("/v1/sockets?{}", selection.to_query())).await
+    }
+
+    async fn open(path: &Path, target: &str) -> Result<Self, ConnectError> {
+        let asked = tokio::time::timeout(PATIENCE, Self::ask(path, target));
         asked.await.unwrap_or_else(|_| {
             Err(ConnectError::NoDaemon {
                 path: path.to_owned(),
@@ -76,7 +88,7 @@ impl Events {
         })
     }
 
-    async fn ask(path: &Path, subscription: &Subscription) -> Result<Self, ConnectError> {
+    async fn ask(path: &Path, target: &str) -> Result<Self, ConnectError> {
         let no_daemon = |error: hyper::Error| ConnectError::NoDaemon {
             path: path.to_owned(),
             problem: error.to_string(),
@@ -92,7 +104,7 @@ impl Events {
             // What goes wrong shows in the answer or its body.
             let _ = connection.await;
         });
-        let request = Request::get(format!("/v1/events?{}", subscription.to_query()))
+        let request = Request::get(target)
             .header(header::HOST, "localhost")
             .body(Empty::<Bytes>::new())
             .expect("a query is a valid part of a path");

@@ -170,8 +170,9 @@ fn flags_and_query_parameters_have_the_same_names() {
         .collect();
     let parameters: BTreeSet<String> = Filter::default()
         .fields()
+        .into_iter()
         .map(|(name, _)| name.to_owned())
-        .into();
+        .collect();
     assert_eq!(flags, parameters);
 }
 
@@ -180,8 +181,8 @@ fn a_query_says_what_is_wrong_with_it() {
     for (query, error) in [
         (
             "sate=LISTEN",
-            "unknown parameter `sate`; known: state, from, to, port, lport, rport, addr, laddr, raddr, ipv4, \
-             ipv6, pid, comm, container, owner, role, min-dwell, raw, netns",
+            "unknown parameter `sate`; known: state, port, lport, rport, addr, laddr, raddr, ipv4, ipv6, pid, comm, \
+             container, owner, role, from, to, min-dwell, raw, netns",
         ),
         (
             "port=80,http",
@@ -237,8 +238,10 @@ prop_compose! {
     ) -> Subscription {
         Subscription {
             filter: Filter {
-                state, from, to, port, lport, rport, addr, laddr, raddr, ipv4, ipv6, pid, comm, container,
-                owner, role, min_dwell,
+                socket: SocketFilter {
+                    state, port, lport, rport, addr, laddr, raddr, ipv4, ipv6, pid, comm, container, owner, role,
+                },
+                from, to, min_dwell,
             },
             raw,
             netns,

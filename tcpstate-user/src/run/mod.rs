@@ -3,6 +3,7 @@
 //! Decides what is started, in which order, and with which status it ends; what each part does is its own.
 
 mod daemon;
+mod list;
 mod streams;
 mod tracer;
 mod watch;
@@ -23,6 +24,7 @@ use crate::model::{NetnsSelection, Source, Start};
 pub fn run(cli: Cli) -> ExitCode {
     let result = match cli.command {
         Command::Watch(watch) => watch::run(&watch),
+        Command::List(list) => list::run(&list),
         Command::Daemon(daemon) => match daemon.config() {
             Ok(config) => daemon::run(&config, daemon.attach),
             // As wrong as a wrong flag.

@@ -17,13 +17,14 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use super::list::{Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
-use crate::filter::Subscription;
+use crate::filter::{Selection, Subscription};
 use crate::kernel::netns::NetnsError;
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
-use crate::model::{Loss, LossReason, NetnsSelection, TcpState};
+use crate::model::{Listed, Loss, LossReason, NetnsSelection, TcpState};
 use crate::owner::{self, Containers, comm_of};
 use crate::stats::Stats;
 use crate::table::{Change, Holder, Identity, STORE_NS, Snapshot, StateMask, Table};
@@ -70,6 +71,7 @@ pub struct Tracer {
 enum Command {
     View(oneshot::Sender<Arc<View>>),
     Subscribe(Box<Stream>),
+    List(Box<Selection>, Reply),
     Dumped(Dump, Result<Snapshot, SnapshotError>),
     Swept(io::Result<Sweep>),
     Stop,
@@ -178,6 +180,24 @@ impl Tracer {
         Ok(batches)
     }
 
+    /// The sockets that exist now, as the kernel lists them, sorted.
+    ///
+    /// # Errors
+    /// [`NoList`].
+    pub async fn list(&self, selection: Selection) -> Result<Vec<Listed>, NoList> {
+        let (reply, rows) = oneshot::channel();
+        self.commands
+            .send(Command::List(Box::new(selection), reply))
+            .map_err(|_| Stopped)?;
+        let mut rows = rows.await.map_err(|_| Stopped)??;
+        // Not on the tracer's thread, and long enough to hold up a runtime's.
+        let sorted = tokio::task::spawn_blocking(move || {
+            Listed::sort(&mut rows);
+            rows
+        });
+        Ok(sorted.await.map_err(|_| Stopped)?)
+    }
+
     /// Waits for its end.
     pub async fn stopped(&self) {
         self.commands.closed().await;
@@ -201,6 +221,7 @@ struct State {
     commands: mpsc::WeakUnboundedSender<Command>,
     /// Scrapes that wait for a dump, and since when.
     waiting: Vec<(u64, oneshot::Sender<Arc<View>>)>,
+    lists: Lists,
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
@@ -260,6 +281,7 @@ impl State {
             ready: Arc::clone(ready),
             commands,
             waiting: Vec::new(),
+            lists: Lists::default(),
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,
@@ -323,6 +345,7 @@ impl State {
         match command {
             Command::Subscribe(stream) => self.streams.add(*stream),
             Command::View(reply) => self.scrape(reply, session),
+            Command::List(selection, reply) => self.list(*selection, reply),
             Command::Dumped(dump, result) => self.dumped(dump, result, session),
             Command::Swept(result) => self.swept(result, session),
             Command::Stop => {}
@@ -468,6 +491,21 @@ impl State {
         }
     }
 
+    fn list(&mut self, selection: Selection, reply: Reply) {
+        let now_ns = now_ns();
+        let dumping = self.dump == Some(Dump::Full);
+        if self.lists.ask(selection, reply, dumping, now_ns) {
+            self.answer_lists(now_ns);
+        } else if !dumping {
+            self.next_full_ns = now_ns;
+        }
+    }
+
+    fn answer_lists(&mut self, now_ns: u64) {
+        let (table, offset) = (&self.table, self.boot_to_unix_ns);
+        self.lists.answer(|| table.rows(now_ns, offset));
+    }
+
     /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
     fn begin_dump(&mut self, dump: Dump, now_ns: u64) {
         let Some(commands) = self.commands.upgrade() else {
@@ -492,6 +530,9 @@ impl State {
             Ok(_) => {
                 self.table.snapshot_begins();
                 self.dump = Some(dump);
+                if dump == Dump::Full {
+                    self.lists.dump_begins();
+                }
             }
             Err(error) => self.dump_failed(&format!("can't start a thread: {error}"), now_ns),
         }
@@ -555,6 +596,9 @@ impl State {
         self.unreachable = snapshot.unreachable.len();
         if dump == Dump::Full {
             self.want_sweep(0);
+            if self.lists.dumped(snapshot.finished_ns) {
+                self.next_sweep_ns = Some(0);
+            }
         }
         self.answer(session);
     }
@@ -573,6 +617,7 @@ impl State {
             return;
         };
         self.next_sweep_ns = None;
+        self.lists.sweep_begins();
         let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
         let netns = self.netns;
         let sweep = move || {
@@ -628,10 +673,13 @@ impl State {
         if !self.is_ready() {
             self.ready.store(true, Ordering::Release);
         }
+        self.lists.swept();
+        self.answer_lists(now_ns);
     }
 
     fn dump_failed(&mut self, reason: &str, now_ns: u64) {
         self.table.snapshot_failed();
+        self.lists.dump_failed(reason);
         self.health.reconcile_failures += 1;
         if !self.is_ready() {
             // Without the first one there are no gauges.

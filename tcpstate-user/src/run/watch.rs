@@ -17,7 +17,7 @@ use crate::cli::Watch;
 use crate::export::client::{ConnectError, Events};
 use crate::export::http::DEFAULT_SOCKET;
 use crate::export::log::{self, LogFormat, LogLevel};
-use crate::export::{LineWriter, Look};
+use crate::export::{LineWriter, Look, Rows};
 use crate::filter::{Inode, Subscription};
 use crate::model::{Line, NetnsSelection, Source};
 
@@ -59,7 +59,7 @@ pub fn run(args: &Watch) -> anyhow::Result<()> {
         ended,
     } = open(args, &runtime)?;
     runtime.spawn(ask_for_end(end, signals, args.duration()));
-    let mut writer = LineWriter::new(args.output, Look::of_stdout(args.utc));
+    let mut writer = LineWriter::new(args.output, Look::of_stdout(args.utc), Rows::Transitions);
     match print(
         &mut lines,
         &mut writer,

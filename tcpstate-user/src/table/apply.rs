@@ -210,6 +210,7 @@ impl Table {
                 since_ns: event.time_ns,
                 seen: true,
             };
+            full.dumped = None;
         }
         if to == TcpState::ESTABLISHED {
             self.owners.established(&full.socket);

@@ -9,6 +9,7 @@ mod fate;
 mod listeners;
 mod owners;
 mod reconcile;
+mod rows;
 mod snapshot;
 mod socket;
 #[cfg(test)]
@@ -85,6 +86,17 @@ struct Full {
     event_ns: u64,
     /// The last dump that covers it lacked it.
     missed: bool,
+    /// What only a dump tells; `None` from a transition on until the next one.
+    dumped: Option<Dumped>,
+}
+
+/// What a full socket was when a dump read it.
+#[derive(Clone, Copy, Debug)]
+struct Dumped {
+    recv_queue: u32,
+    send_queue: u32,
+    /// A descriptor stands for it.
+    has_file: bool,
 }
 
 impl Full {
@@ -94,6 +106,7 @@ impl Full {
             stay,
             event_ns,
             missed: false,
+            dumped: None,
         }
     }
 }

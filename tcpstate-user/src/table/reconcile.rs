@@ -8,8 +8,8 @@ use tcpstate_common::TcpState;
 
 use super::apply::TIME_WAIT_NS;
 use super::{
-    Change, Correction, DumpKey, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket,
-    Stay, Table,
+    Change, Correction, DumpKey, Dumped, Dwell, Full, Identity, Mini, Place, Record, Snapshot,
+    Socket, Stay, Table,
 };
 use crate::model::{ConnectionId, End, Evidence, Role};
 
@@ -122,6 +122,9 @@ impl Table {
         };
         let full = self.full.get_mut(&key)?;
         full.missed = false;
+        if record.state == full.socket.state {
+            full.dumped = Some(dumped(record));
+        }
         if newer(full.event_ns) {
             return Some(key);
         }
@@ -138,6 +141,7 @@ impl Table {
         }
         full.socket.state = record.state;
         full.socket.established |= was_established(record.state);
+        full.dumped = Some(dumped(record));
         full.stay = Stay {
             since_ns: record.read_ns.1,
             seen: false,
@@ -179,7 +183,9 @@ impl Table {
             since_ns: record.read_ns.1,
             seen: false,
         };
-        self.full.insert(key, Full::new(socket, stay, 0));
+        let mut full = Full::new(socket, stay, 0);
+        full.dumped = Some(dumped(record));
+        self.full.insert(key, full);
         key
     }
 
@@ -373,6 +379,14 @@ impl Table {
 struct Index {
     full: FxHashMap<DumpKey, u64>,
     mini: FxHashMap<DumpKey, u64>,
+}
+
+fn dumped(record: &Record) -> Dumped {
+    Dumped {
+        recv_queue: record.recv_queue,
+        send_queue: record.send_queue,
+        has_file: record.inode != 0,
+    }
 }
 
 /// A timewait socket or a request: their records have a timer of their own kind.

@@ -1,0 +1,281 @@
+//! `tcpstate list`: the sockets that exist now, from a running daemon or from a tracer of its own, to stdout; and the
+//! lists that a tracer owes.
+
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use super::streams::Batch;
+use super::tracer::{self, Stopped, Tracer};
+use super::{attach, resolve, say, select, start};
+use crate::cli::List;
+use crate::config::RingSize;
+use crate::export::client::{ConnectError, Events};
+use crate::export::http::DEFAULT_SOCKET;
+use crate::export::log::{self, LogFormat, LogLevel};
+use crate::export::{LineWriter, Look, Rows};
+use crate::filter::{Inode, Selection};
+use crate::model::{Line, Listed, NetnsSelection, Source};
+
+/// Each holds all its rows, some 30 MB for 100,000 sockets, until its reader has taken them.
+pub const MOST_LISTS: usize = 4;
+
+/// How long a dump with the sweep behind it stays good enough for another list: they take their time.
+const FRESH_NS: u64 = 1_000_000_000;
+
+/// Lines that go to a reader together.
+const BATCH_LINES: usize = 1024;
+
+/// Longer than any list takes: no dump is due meanwhile.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Where a list goes.
+pub type Reply = oneshot::Sender<Result<Vec<Listed>, NoList>>;
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum NoList {
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+    #[error("no snapshot of the sockets: {0}")]
+    NoDump(String),
+}
+
+/// Lists that were asked for. Each waits for a dump of all sockets, and for a sweep over their holders after that.
+#[derive(Default)]
+pub struct Lists {
+    waiting: Vec<(Due, Selection, Reply)>,
+    /// When the last dump ended that a sweep followed; `CLOCK_BOOTTIME`, nanoseconds.
+    fresh_ns: Option<u64>,
+    dumped_ns: u64,
+}
+
+/// What a list waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    /// That a dump begins, …
+    Dump,
+    /// … that it ends, …
+    DumpEnd,
+    /// … that a sweep begins, …
+    Sweep,
+    /// … that it ends, …
+    SweepEnd,
+    /// … and for nothing any more.
+    Nothing,
+}
+
+impl Lists {
+    /// Tells whether the answer is due at once. `dumping`: a dump of all sockets is under way.
+    pub fn ask(&mut self, selection: Selection, reply: Reply, dumping: bool, now_ns: u64) -> bool {
+        let fresh = self.fresh_ns.is_some_and(|at| now_ns < at + FRESH_NS);
+        let due = match dumping {
+            _ if fresh => Due::Nothing,
+            true => Due::DumpEnd,
+            false => Due::Dump,
+        };
+        self.waiting.push((due, selection, reply));
+        fresh
+    }
+
+    pub fn dump_begins(&mut self) {
+        self.advance(Due::Dump, Due::DumpEnd);
+    }
+
+    /// Tells whether a sweep is due at once.
+    pub fn dumped(&mut self, now_ns: u64) -> bool {
+        self.dumped_ns = now_ns;
+        self.advance(Due::DumpEnd, Due::Sweep)
+    }
+
+    pub fn dump_failed(&mut self, reason: &str) {
+        for (_, _, reply) in self
+            .waiting
+            .extract_if(.., |(due, ..)| matches!(due, Due::Dump | Due::DumpEnd))
+        {
+            // Who asked may have given up.
+            let _ = reply.send(Err(NoList::NoDump(reason.to_owned())));
+        }
+    }
+
+    pub fn sweep_begins(&mut self) {
+        self.advance(Due::Sweep, Due::SweepEnd);
+    }
+
+    pub fn swept(&mut self) {
+        if self.advance(Due::SweepEnd, Due::Nothing) {
+            self.fresh_ns = Some(self.dumped_ns);
+        }
+    }
+
+    /// Answers the lists that wait for nothing any more.
+    pub fn answer<R: Iterator<Item = Listed>>(&mut self, rows: impl Fn() -> R) {
+        for (_, selection, reply) in self
+            .waiting
+            .extract_if(.., |(due, ..)| *due == Due::Nothing)
+        {
+            let rows = rows().filter(|row| selection.matches(row)).collect();
+            let _ = reply.send(Ok(rows));
+        }
+    }
+
+    fn advance(&mut self, from: Due, to: Due) -> bool {
+        let mut any = false;
+        for (due, ..) in &mut self.waiting {
+            if *due == from {
+                *due = to;
+                any = true;
+            }
+        }
+        any
+    }
+}
+
+/// A stream of the rows, which keeps its place until its reader has taken them.
+pub fn batches(rows: Vec<Listed>, place: OwnedSemaphorePermit) -> mpsc::Receiver<Batch> {
+    let (sender, batches) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let _place = place;
+        let mut rows = rows.into_iter().map(Line::Socket);
+        while rows.len() > 0 {
+            let batch = rows.by_ref().take(BATCH_LINES).collect();
+            if sender.send(batch).await.is_err() {
+                break;
+            }
+        }
+    });
+    batches
+}
+
+pub fn run(args: &List) -> anyhow::Result<()> {
+    log::init(LogLevel::Warn, LogFormat::Text)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("can't start the runtime")?;
+    {
+        let _entered = runtime.enter();
+        let mut interrupt = signal(SignalKind::interrupt()).context("can't wait for signals")?;
+        let mut terminate = signal(SignalKind::terminate()).context("can't wait for signals")?;
+        runtime.spawn(async move {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            // What we attached goes with the process.
+            std::process::exit(0);
+        });
+    }
+    let lines = lines(args, &runtime)?;
+    let mut writer = LineWriter::new(args.output, Look::of_stdout(true), Rows::Sockets);
+    let mut out = io::stdout().lock();
+    let mut bytes = Vec::new();
+    for some in lines.chunks(BATCH_LINES) {
+        for line in some {
+            writer.write(line, &mut bytes);
+        }
+        match out.write_all(&bytes).and_then(|()| out.flush()) {
+            // Whoever read along has had enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            written => written.context("can't write to stdout")?,
+        }
+        bytes.clear();
+    }
+    Ok(())
+}
+
+/// From a daemon where there is one, else from a tracer of our own.
+fn lines(args: &List, runtime: &Runtime) -> anyhow::Result<Vec<Line>> {
+    if args.direct {
+        return runtime.block_on(direct(args));
+    }
+    let path = args.socket.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET));
+    let netns = resolve(args.netns)?;
+    let selection = Selection {
+        filter: args.filter.clone(),
+        netns: match netns {
+            NetnsSelection::All => None,
+            NetnsSelection::One(inode) => Some(Inode(inode)),
+        },
+    };
+    runtime.block_on(async {
+        match Events::list(path, &selection).await {
+            Ok(events) => daemon(path, netns, events).await,
+            Err(error) if args.socket.is_some() => Err(error.into()),
+            Err(ConnectError::NotFound(_)) => direct(args).await,
+            Err(ConnectError::NotServed(path)) => {
+                say(format_args!(
+                    "warning: nobody serves the socket {}; tracing directly",
+                    path.display()
+                ));
+                direct(args).await
+            }
+            // Who may load programs needs no daemon; who may not is told how to reach it.
+            Err(error @ ConnectError::PermissionDenied(_)) => {
+                direct(args).await.map_err(|_| error.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+/// All that a daemon lists: what it could not end is no list.
+async fn daemon(
+    path: &Path,
+    netns: NetnsSelection,
+    mut events: Events,
+) -> anyhow::Result<Vec<Line>> {
+    let path = path.display();
+    let mut lines = Vec::new();
+    while let Some(more) = events.next().await? {
+        lines.extend(more);
+    }
+    match lines.first() {
+        Some(Line::Start(start)) if start.netns == netns => Ok(lines),
+        Some(Line::Start(start)) => bail!(
+            "the daemon at {path} traces only network namespace {0}; `--netns {0}` lists that one, `--direct` works \
+             without the daemon",
+            start.netns
+        ),
+        _ => bail!("the list of {path} does not begin as a tcpstate daemon's does"),
+    }
+}
+
+/// Traces until there is a list: a dump alone does not tell owners.
+async fn direct(args: &List) -> anyhow::Result<Vec<Line>> {
+    let netns = select(args.netns)?;
+    let RingSize(ring_size) = RingSize::default();
+    let session = attach(netns, ring_size, args.attach)?;
+    let path = session.path();
+    let options = tracer::Options {
+        netns,
+        reconcile_interval: RECONCILE_INTERVAL,
+        // Nobody asks for the statistics.
+        max_comms: 0,
+    };
+    let (tracer, thread) = Tracer::start(session, options).context("can't start the tracer")?;
+    if !args.quiet {
+        say(format_args!(
+            "tracing directly ({path}), network namespaces: {netns}"
+        ));
+    }
+    let start = Line::Start(start(Source::Direct, netns)?);
+    let rows = tracer.list(Selection {
+        filter: args.filter.clone(),
+        netns: None,
+    });
+    let rows = rows.await?;
+    tracer.stop();
+    tokio::task::spawn_blocking(|| thread.join())
+        .await?
+        .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))?
+        .context("can't read the ring")?;
+    Ok(std::iter::once(start)
+        .chain(rows.into_iter().map(Line::Socket))
+        .collect())
+}
