@@ -27,12 +27,13 @@ macro_rules! golden {
 fn help_is_for_newcomers() {
     golden!("help", stdout(&["--help"]));
     golden!("help-watch", stdout(&["watch", "--help"]));
+    golden!("help-list", stdout(&["list", "--help"]));
     golden!("help-daemon", stdout(&["daemon", "--help"]));
 }
 
 #[test]
 fn short_help_is_the_same() {
-    for command in ["watch", "daemon"] {
+    for command in ["watch", "list", "daemon"] {
         assert_eq!(stdout(&[command, "-h"]), stdout(&[command, "--help"]));
     }
 }
@@ -107,7 +108,7 @@ fn bad_usage_is_one_clear_line_and_status_2() {
             &["watch", "--direct", "--socket", "/tmp/s"],
             "error: the argument '--direct' cannot be used with '--socket <PATH>'",
         ),
-        (&["list"], "error: unrecognized subcommand 'list'"),
+        (&["top"], "error: unrecognized subcommand 'top'"),
         (
             &["daemon", "--ring-size", "4MB"],
             "error: invalid value '4MB' for '--ring-size <BYTES|KiB|MiB>': `4MB` is no size; expected bytes, KiB or \

@@ -62,7 +62,8 @@ const COMM: Align = Align::Left(15);
 const ENDPOINT: Align = Align::Left(21);
 /// `NEW_SYN_RECV`.
 const STATE: Align = Align::Left(12);
-const QUEUE: Align = Align::Right(6);
+/// Megabytes.
+const QUEUE: Align = Align::Right(7);
 const AGE: Align = Align::Right(7);
 const HOLDERS: Align = Align::Right(7);
 const ORPHAN: Align = Align::Left(6);

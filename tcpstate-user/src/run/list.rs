@@ -25,8 +25,8 @@ use crate::model::{Line, Listed, NetnsSelection, Source};
 /// Each holds all its rows, some 30 MB for 100,000 sockets, until its reader has taken them.
 pub const MOST_LISTS: usize = 4;
 
-/// How long a dump with the sweep behind it stays good enough for another list: they take their time.
-const FRESH_NS: u64 = 1_000_000_000;
+/// From one dump for lists to the next: dumps and sweeps take their time.
+const PAUSE_NS: u64 = 1_000_000_000;
 
 /// Lines that go to a reader together.
 const BATCH_LINES: usize = 1024;
@@ -49,9 +49,8 @@ pub enum NoList {
 #[derive(Default)]
 pub struct Lists {
     waiting: Vec<(Due, Selection, Reply)>,
-    /// When the last dump ended that a sweep followed; `CLOCK_BOOTTIME`, nanoseconds.
-    fresh_ns: Option<u64>,
-    dumped_ns: u64,
+    /// No dump for lists before; `CLOCK_BOOTTIME`, nanoseconds.
+    next_ns: u64,
 }
 
 /// What a list waits for.
@@ -63,32 +62,26 @@ enum Due {
     DumpEnd,
     /// … that a sweep begins, …
     Sweep,
-    /// … that it ends, …
+    /// … and that it ends.
     SweepEnd,
-    /// … and for nothing any more.
-    Nothing,
 }
 
 impl Lists {
-    /// Tells whether the answer is due at once. `dumping`: a dump of all sockets is under way.
-    pub fn ask(&mut self, selection: Selection, reply: Reply, dumping: bool, now_ns: u64) -> bool {
-        let fresh = self.fresh_ns.is_some_and(|at| now_ns < at + FRESH_NS);
-        let due = match dumping {
-            _ if fresh => Due::Nothing,
-            true => Due::DumpEnd,
-            false => Due::Dump,
-        };
+    /// Tells when a dump is due. `dumping`: one is under way that will do.
+    pub fn ask(&mut self, selection: Selection, reply: Reply, dumping: bool) -> u64 {
+        let due = if dumping { Due::DumpEnd } else { Due::Dump };
         self.waiting.push((due, selection, reply));
-        fresh
+        self.next_ns
     }
 
-    pub fn dump_begins(&mut self) {
-        self.advance(Due::Dump, Due::DumpEnd);
+    pub fn dump_begins(&mut self, now_ns: u64) {
+        if self.advance(Due::Dump, Due::DumpEnd) {
+            self.next_ns = now_ns + PAUSE_NS;
+        }
     }
 
     /// Tells whether a sweep is due at once.
-    pub fn dumped(&mut self, now_ns: u64) -> bool {
-        self.dumped_ns = now_ns;
+    pub fn dumped(&mut self) -> bool {
         self.advance(Due::DumpEnd, Due::Sweep)
     }
 
@@ -106,17 +99,11 @@ impl Lists {
         self.advance(Due::Sweep, Due::SweepEnd);
     }
 
-    pub fn swept(&mut self) {
-        if self.advance(Due::SweepEnd, Due::Nothing) {
-            self.fresh_ns = Some(self.dumped_ns);
-        }
-    }
-
-    /// Answers the lists that wait for nothing any more.
-    pub fn answer<R: Iterator<Item = Listed>>(&mut self, rows: impl Fn() -> R) {
+    /// Answers the lists whose sweep this was.
+    pub fn swept<R: Iterator<Item = Listed>>(&mut self, rows: impl Fn() -> R) {
         for (_, selection, reply) in self
             .waiting
-            .extract_if(.., |(due, ..)| *due == Due::Nothing)
+            .extract_if(.., |(due, ..)| *due == Due::SweepEnd)
         {
             let rows = rows().filter(|row| selection.matches(row)).collect();
             let _ = reply.send(Ok(rows));
@@ -278,4 +265,64 @@ async fn direct(args: &List) -> anyhow::Result<Vec<Line>> {
     Ok(std::iter::once(start)
         .chain(rows.into_iter().map(Line::Socket))
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Answer = oneshot::Receiver<Result<Vec<Listed>, NoList>>;
+
+    fn ask(lists: &mut Lists, dumping: bool) -> (u64, Answer) {
+        let (reply, answer) = oneshot::channel();
+        (lists.ask(Selection::default(), reply, dumping), answer)
+    }
+
+    /// Whether there is an answer when a sweep has ended.
+    fn swept(lists: &mut Lists, answer: &mut Answer) -> bool {
+        lists.swept(std::iter::empty);
+        answer.try_recv().is_ok_and(|rows| rows.is_ok())
+    }
+
+    #[test]
+    fn a_list_has_a_dump_and_then_a_sweep_of_its_own() {
+        let mut lists = Lists::default();
+        let (_, mut answer) = ask(&mut lists, false);
+        // Those that are under way began too early.
+        assert!(!lists.dumped());
+        assert!(!swept(&mut lists, &mut answer));
+        lists.dump_begins(1);
+        lists.sweep_begins();
+        assert!(!swept(&mut lists, &mut answer));
+        assert!(lists.dumped(), "a sweep is due");
+        assert!(!swept(&mut lists, &mut answer));
+        lists.sweep_begins();
+        assert!(swept(&mut lists, &mut answer));
+    }
+
+    #[test]
+    fn the_first_dump_will_do_and_the_next_but_one_waits_for_a_second() {
+        let mut lists = Lists::default();
+        let (due_ns, mut answer) = ask(&mut lists, true);
+        assert_eq!(due_ns, 0);
+        assert!(lists.dumped());
+        lists.sweep_begins();
+        assert!(swept(&mut lists, &mut answer));
+        let (due_ns, _) = ask(&mut lists, false);
+        assert_eq!(due_ns, 0);
+        lists.dump_begins(5);
+        // That was nobody's.
+        lists.dump_begins(9);
+        let (due_ns, _) = ask(&mut lists, false);
+        assert_eq!(due_ns, 5 + PAUSE_NS);
+    }
+
+    #[test]
+    fn a_dump_that_fails_is_told() {
+        let mut lists = Lists::default();
+        let (_, mut answer) = ask(&mut lists, false);
+        lists.dump_failed("no memory");
+        let error = answer.try_recv().unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "no snapshot of the sockets: no memory");
+    }
 }

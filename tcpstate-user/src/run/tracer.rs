@@ -492,18 +492,12 @@ impl State {
     }
 
     fn list(&mut self, selection: Selection, reply: Reply) {
-        let now_ns = now_ns();
-        let dumping = self.dump == Some(Dump::Full);
-        if self.lists.ask(selection, reply, dumping, now_ns) {
-            self.answer_lists(now_ns);
-        } else if !dumping {
-            self.next_full_ns = now_ns;
+        // The first dump is made anyway, and none is younger.
+        let dumping = self.dump == Some(Dump::Full) && !self.is_ready();
+        let due_ns = self.lists.ask(selection, reply, dumping);
+        if !dumping {
+            self.next_full_ns = self.next_full_ns.min(due_ns);
         }
-    }
-
-    fn answer_lists(&mut self, now_ns: u64) {
-        let (table, offset) = (&self.table, self.boot_to_unix_ns);
-        self.lists.answer(|| table.rows(now_ns, offset));
     }
 
     /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
@@ -531,7 +525,7 @@ impl State {
                 self.table.snapshot_begins();
                 self.dump = Some(dump);
                 if dump == Dump::Full {
-                    self.lists.dump_begins();
+                    self.lists.dump_begins(now_ns);
                 }
             }
             Err(error) => self.dump_failed(&format!("can't start a thread: {error}"), now_ns),
@@ -596,7 +590,7 @@ impl State {
         self.unreachable = snapshot.unreachable.len();
         if dump == Dump::Full {
             self.want_sweep(0);
-            if self.lists.dumped(snapshot.finished_ns) {
+            if self.lists.dumped() {
                 self.next_sweep_ns = Some(0);
             }
         }
@@ -649,10 +643,10 @@ impl State {
     fn swept(&mut self, result: io::Result<Sweep>, session: &mut Session) {
         self.sweeping = false;
         let now_ns = now_ns();
+        // What was accepted by then is in the ring, and what a list must not lack.
+        self.drain_to(session, now_ns);
         let took_ns = match result {
             Ok(sweep) => {
-                // What was accepted by then is in the ring.
-                self.drain_to(session, now_ns);
                 let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
                 self.table.swept(&sweep.holders, now_ns, tell);
                 self.streams.flush();
@@ -673,8 +667,8 @@ impl State {
         if !self.is_ready() {
             self.ready.store(true, Ordering::Release);
         }
-        self.lists.swept();
-        self.answer_lists(now_ns);
+        let (table, offset) = (&self.table, self.boot_to_unix_ns);
+        self.lists.swept(|| table.rows(now_ns, offset));
     }
 
     fn dump_failed(&mut self, reason: &str, now_ns: u64) {
@@ -709,7 +703,10 @@ impl State {
         let counted = self.is_ready().then(|| {
             let entries = self.table.len() as u64;
             let corrections = self.table.corrections();
-            let counted: Counted = self.stats.counted(now_ns(), entries, corrections);
+            let now_ns = now_ns();
+            self.stats
+                .age(now_ns, self.boot_to_unix_ns, self.table.stays());
+            let counted: Counted = self.stats.counted(now_ns, entries, corrections);
             Arc::new(counted)
         });
         View {

@@ -61,3 +61,6 @@ fn is_orphan(state: TcpState, dumped: Option<Dumped>) -> Option<bool> {
         _ => Some(false),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,14 +23,14 @@ use crate::tracer::product;
 const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A daemon in the calling thread's network namespace, which sees only that.
-struct Daemon {
+pub struct Daemon {
     child: Child,
-    socket: PathBuf,
+    pub socket: PathBuf,
     _folder: TempDir,
 }
 
 impl Daemon {
-    fn start(arguments: &[&str]) -> Self {
+    pub fn start(arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let socket = folder.path().join("socket");
         let mut child = Command::new(product())
@@ -70,7 +70,7 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
-    fn metrics(&self) -> Metrics {
+    pub fn metrics(&self) -> Metrics {
         let (status, page) = self.get("/metrics");
         assert_eq!(status, 200, "{page}");
         let series = page.lines().filter(|line| !line.starts_with('#'));
@@ -94,11 +94,15 @@ impl Drop for Daemon {
     }
 }
 
-struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(BTreeMap<String, f64>);
 
 impl Metrics {
-    fn get(&self, series: &str) -> f64 {
+    pub fn get(&self, series: &str) -> f64 {
         *self.0.get(series).unwrap_or_else(|| panic!("no {series}"))
+    }
+
+    pub fn has(&self, series: &str) -> bool {
+        self.0.contains_key(series)
     }
 
     /// Over all series of the metric.
@@ -114,7 +118,7 @@ impl Metrics {
 }
 
 /// Runs in a network namespace of its own: the thread's.
-fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
+pub fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
     let run = || test(sys::new_namespace().expect("network namespaces need root"));
     thread::spawn(run)
         .join()

@@ -9,6 +9,7 @@ mod attach;
 mod daemon;
 mod judge;
 mod lab;
+mod list;
 mod record;
 mod scenarios;
 mod six;
