@@ -105,8 +105,12 @@ impl Lists {
             .waiting
             .extract_if(.., |(due, ..)| *due == Due::SweepEnd)
         {
-            let rows = rows().filter(|row| selection.matches(row)).collect();
-            let _ = reply.send(Ok(rows));
+            let rows = rows();
+            // Rows are not copied while it grows; what is not used of it is never touched, and costs no memory.
+            let most = rows.size_hint().1.unwrap_or_default();
+            let mut listed = Vec::with_capacity(most);
+            listed.extend(rows.filter(|row| selection.matches(row)));
+            let _ = reply.send(Ok(listed));
         }
     }
 
