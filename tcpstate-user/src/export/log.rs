@@ -1,11 +1,16 @@
-//! The daemon's log: events on standard error, as text or as JSON.
+//! What is told on standard error while we work: the daemon's log, as text or as JSON; a tool's warnings.
 
+use std::fmt;
 use std::io::{self, IsTerminal as _};
 
 use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::util::{SubscriberInitExt as _, TryInitError};
 
 use crate::model::named;
@@ -24,6 +29,47 @@ named! {
     pub enum LogFormat ("log format") {
         Text = "text",
         Json = "json",
+    }
+}
+
+/// What a line begins with that a tool says on standard error.
+pub const PROGRAM: &str = "tcpstate";
+
+/// Sets up the log of this process for a tool that a user runs: warnings and errors, as it says them itself.
+///
+/// # Errors
+/// There is one already.
+pub fn init_warnings() -> Result<(), TryInitError> {
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .with_ansi(false)
+        .event_format(Saying);
+    tracing_subscriber::registry()
+        .with(lines.with_filter(LevelFilter::WARN))
+        .try_init()
+}
+
+/// `tcpstate: warning: …`
+struct Saying;
+
+impl<S, N> FormatEvent<S, N> for Saying
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'writer> FormatFields<'writer> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let kind = match *event.metadata().level() {
+            Level::ERROR => "error",
+            _ => "warning",
+        };
+        write!(writer, "{PROGRAM}: {kind}: ")?;
+        context.format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
     }
 }
 
