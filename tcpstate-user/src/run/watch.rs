@@ -33,8 +33,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long after an event its line may come from a daemon.
 const DELAY: Duration = Duration::from_millis(100);
 
-/// How long the end may wait for a daemon's last lines.
-const LAST_LINES: Duration = Duration::from_secs(1);
+/// How long a daemon's last lines may take: a full queue of them is read in well under a second.
+const LAST_LINES: Duration = Duration::from_secs(5);
 
 /// A pipe takes up to 4 KiB whole or not at all: with this and a line more we know what it took.
 const CHUNK: usize = 3 << 10;

@@ -24,7 +24,7 @@ pub const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST)
 /// A daemon in the calling thread's network namespace, which sees only that.
 pub struct Daemon {
     child: Child,
-    socket: PathBuf,
+    pub socket: PathBuf,
     _folder: TempDir,
 }
 

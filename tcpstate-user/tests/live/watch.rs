@@ -31,9 +31,9 @@ fn error(command: &mut Command) -> String {
     line.unwrap_or_else(|| panic!("{said}")).to_owned()
 }
 
-/// A `watch` of the calling thread's namespace, without the daemon, that traces, and what else it says.
+/// A `watch` of the calling thread's namespace, that traces, and what else it says.
 fn watch(arguments: &[&str]) -> (Child, impl Iterator<Item = String> + use<>) {
-    let mut child = tcpstate(&["watch", "--direct", "--netns", "self"])
+    let mut child = tcpstate(&["watch", "--netns", "self"])
         .args(arguments)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -41,7 +41,7 @@ fn watch(arguments: &[&str]) -> (Child, impl Iterator<Item = String> + use<>) {
         .expect("the product starts");
     let mut said = BufReader::new(child.stderr.take().expect("piped")).lines();
     let begun = said.next().expect("a line").expect("text");
-    assert!(begun.starts_with("tracing directly "), "{begun}");
+    assert!(begun.starts_with("tracing "), "{begun}");
     (child, said.map_while(Result::ok))
 }
 
@@ -192,7 +192,7 @@ fn without_tracefs_the_classic_tracepoint_says_what_it_needs() {
 fn nothing_is_left_after_the_end_of_watch() {
     for signal in [libc::SIGTERM, libc::SIGINT] {
         in_namespace(move |_| {
-            let (mut child, said) = watch(&["--ring-size", "64KiB"]);
+            let (mut child, said) = watch(&["--direct", "--ring-size", "64KiB"]);
             let objects = bpf_objects(child.id());
             for kind in ["prog_id", "map_id"] {
                 assert!(
@@ -231,7 +231,7 @@ fn ring_sizes(pid: u32) -> Vec<u64> {
 #[test]
 fn a_closed_pipe_ends_it_quietly() {
     in_namespace(|_| {
-        let (mut child, said) = watch(&[]);
+        let (mut child, said) = watch(&["--direct"]);
         let mut header = String::new();
         let mut pipe = BufReader::new(child.stdout.take().expect("piped"));
         pipe.read_line(&mut header).expect("text");
@@ -252,38 +252,44 @@ fn a_closed_pipe_ends_it_quietly() {
 /// Nobody reads until it has ended: each transition is in the pipe, or told as missing.
 #[test]
 fn what_a_slow_reader_misses_at_the_end_is_told() {
+    in_namespace(|_| slow_reader(&["--direct"]));
     in_namespace(|_| {
-        let begun = Instant::now();
-        let (mut child, said) = watch(&["-o", "json", "--raw", "-d", "2s"]);
-        let connections = storm(Duration::from_secs(1));
-        let status = child.wait().expect("it ends");
-        let took = begun.elapsed();
-        assert!(status.success(), "{status}");
-        assert!(took < Duration::from_secs(8), "it took {took:?}");
-        let mut text = String::new();
-        let mut pipe = child.stdout.take().expect("piped");
-        pipe.read_to_string(&mut text).expect("text");
-        let lines = text
-            .lines()
-            .map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-        let told: u64 = lines
-            .map(|line| match line["type"].as_str() {
-                Some("transition") => 1,
-                Some("lost") => line["count"].as_u64().expect("a number"),
-                _ => 0,
-            })
-            .sum();
-        let said: Vec<String> = said.collect();
-        let missing = match &said[..] {
-            [line] => line
-                .strip_prefix("tcpstate: warning: stdout was not read in time; its end lacks ")
-                .and_then(|rest| rest.strip_suffix(" transitions")),
-            _ => None,
-        };
-        let missing = missing.unwrap_or_else(|| panic!("{said:?}"));
-        let missing: u64 = missing.parse().expect("a number");
-        assert_eq!(told + missing, 6 * connections + 2);
+        let daemon = Daemon::start_in("self", &[]);
+        slow_reader(&["--socket", daemon.socket.to_str().expect("text")]);
     });
+}
+
+fn slow_reader(source: &[&str]) {
+    let begun = Instant::now();
+    let (mut child, said) = watch(&[source, &["-o", "json", "--raw", "-d", "2s"]].concat());
+    let connections = storm(Duration::from_secs(1));
+    let status = child.wait().expect("it ends");
+    let took = begun.elapsed();
+    assert!(status.success(), "{status}");
+    assert!(took < Duration::from_secs(12), "it took {took:?}");
+    let mut text = String::new();
+    let mut pipe = child.stdout.take().expect("piped");
+    pipe.read_to_string(&mut text).expect("text");
+    let lines = text
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let told: u64 = lines
+        .map(|line| match line["type"].as_str() {
+            Some("transition") => 1,
+            Some("lost") => line["count"].as_u64().expect("a number"),
+            _ => 0,
+        })
+        .sum();
+    let said: Vec<String> = said.collect();
+    let missing = match &said[..] {
+        [line] => line
+            .strip_prefix("tcpstate: warning: stdout was not read in time; its end lacks ")
+            .and_then(|rest| rest.strip_suffix(" transitions")),
+        _ => None,
+    };
+    let missing = missing.unwrap_or_else(|| panic!("{said:?}"));
+    let missing: u64 = missing.parse().expect("a number");
+    assert_eq!(told + missing, 6 * connections + 2);
 }
 
 /// What the daemon counts of one connection, attached as older kernels would have it.
