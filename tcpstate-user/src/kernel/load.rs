@@ -24,7 +24,7 @@ use super::{
     btf,
     capability::{self, Attempt, StartError},
     info::{self, Block, Counters, ProgInfo, RunStats},
-    ring::{self, Drained, WAKE_SHARE, check_ring_size},
+    ring::{self, Drained, RingSize, WAKE_SHARE},
     tracepoint,
 };
 
@@ -95,8 +95,7 @@ pub enum Netns {
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub netns: Netns,
-    /// In bytes; see [`check_ring_size`].
-    pub ring_size: u32,
+    pub ring_size: RingSize,
     /// Only this way, not the best that works.
     pub path: Option<Path>,
 }
@@ -119,7 +118,6 @@ impl Session {
     /// # Errors
     /// [`StartError`]; nothing is attached then.
     pub fn start(options: &Options) -> Result<Self, StartError> {
-        let ring_size = check_ring_size(options.ring_size.into())?;
         capability::lift_memlock();
         let candidates = match options.path {
             Some(path) => vec![path],
@@ -128,7 +126,7 @@ impl Session {
         };
         let mut last_refusal = None;
         for path in candidates {
-            match Self::start_by(path, options.netns, ring_size) {
+            match Self::start_by(path, options.netns, options.ring_size.bytes()) {
                 // The verifier names a helper that it does not have no other way than it names a mistake.
                 Err(error @ StartError::Verifier { .. }) => {
                     last_refusal = Some(error);

@@ -16,4 +16,4 @@ pub mod tracepoint;
 pub use capability::StartError;
 pub use info::{Counters, RunStats};
 pub use load::{Netns, Options, Path, Session};
-pub use ring::{DEFAULT_RING_SIZE, Drained, RingSizeError, check_ring_size};
+pub use ring::{Drained, RingSize};

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::capability;
+
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     #[error(
@@ -25,13 +27,14 @@ pub enum NetnsError {
         unreadable: Option<String>,
     },
     #[error(
-        "all network namespaces need CAP_SYS_ADMIN, which is missing; `--netns self` traces only this one"
+        "no right to trace all network namespaces: {0} missing; run as root, or give the program these capabilities; \
+         `--netns self`, which is only this one, takes no CAP_SYS_ADMIN"
     )]
-    AllNeedsSysAdmin,
-    #[error("can't {what}: {source}")]
+    Capabilities(String),
+    #[error("can't {what}: {error}")]
     Io {
         what: &'static str,
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -103,21 +106,13 @@ fn inode_of(stat: &rustix::fs::Stat) -> io::Result<u32> {
 /// Every namespace of the host that can be found.
 ///
 /// # Errors
-/// [`NetnsError::AllNeedsSysAdmin`] without the right to enter them; or `/proc` can't be read.
+/// [`NetnsError::Capabilities`] without the right to enter them: all that are missing to trace there; or `/proc` can't
+/// be read.
 pub fn all() -> Result<Found, NetnsError> {
-    let sys_admin = caps::has_cap(
-        None,
-        caps::CapSet::Effective,
-        caps::Capability::CAP_SYS_ADMIN,
-    )
-    .map_err(|error| NetnsError::Io {
-        what: "read the capabilities of this thread",
-        source: io::Error::other(error),
-    })?;
-    if !sys_admin {
-        return Err(NetnsError::AllNeedsSysAdmin);
+    match capability::missing_for_all_namespaces() {
+        Some(missing) => Err(NetnsError::Capabilities(missing)),
+        None => search(|_| true),
     }
-    search(|_| true)
 }
 
 /// The namespace with this inode.
@@ -176,23 +171,23 @@ fn vanished(error: &io::Error) -> bool {
 
 fn candidates() -> Result<Vec<PathBuf>, NetnsError> {
     let mut paths = vec![PathBuf::from("/proc/thread-self/ns/net")];
-    let proc = fs::read_dir("/proc").map_err(|source| NetnsError::Io {
+    let proc = fs::read_dir("/proc").map_err(|error| NetnsError::Io {
         what: "list the processes in /proc",
-        source,
+        error,
     })?;
     for entry in proc {
-        let entry = entry.map_err(|source| NetnsError::Io {
+        let entry = entry.map_err(|error| NetnsError::Io {
             what: "list the processes in /proc",
-            source,
+            error,
         })?;
         let name = entry.file_name();
         if name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
             paths.push(entry.path().join("ns/net"));
         }
     }
-    let mounts = fs::read("/proc/self/mountinfo").map_err(|source| NetnsError::Io {
+    let mounts = fs::read("/proc/self/mountinfo").map_err(|error| NetnsError::Io {
         what: "read /proc/self/mountinfo",
-        source,
+        error,
     })?;
     paths.extend(mounted(&mounts));
     Ok(paths)
@@ -289,7 +284,7 @@ mod tests {
             )
             .expect("dropping is always allowed");
             let error = all().expect_err("without the capability");
-            assert!(matches!(error, NetnsError::AllNeedsSysAdmin));
+            assert!(matches!(error, NetnsError::Capabilities(_)));
             assert!(error.to_string().contains("--netns self"), "{error}");
         })
         .join()

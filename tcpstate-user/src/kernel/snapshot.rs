@@ -8,8 +8,11 @@ mod parse;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::thread;
+use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -22,6 +25,9 @@ use crate::table::{Record, Snapshot, StateMask, Unreachable};
 /// (`netlink_recvmsg`, `netlink_dump`); larger ones it never makes, unless one socket alone needs more.
 const RECEIVE_BYTES: usize = 64 << 10;
 
+/// Each receive call has the kernel make one batch, of milliseconds' work.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// How often a dump that the kernel called inconsistent is tried in all.
 const TRIES: usize = 3;
 
@@ -29,8 +35,8 @@ const TRIES: usize = 3;
 pub enum SnapshotError {
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    #[error("can't list the sockets of network namespace {inode}: {source}")]
-    Dump { inode: u32, source: DumpError },
+    #[error("can't list the sockets of network namespace {inode}: {error}")]
+    Dump { inode: u32, error: DumpError },
     #[error("the snapshot's thread panicked")]
     Panicked,
     #[error("can't start a thread for a snapshot: {0}")]
@@ -42,14 +48,16 @@ pub enum SnapshotError {
 pub enum DumpError {
     #[error(transparent)]
     Io(#[from] io::Error),
+    #[error("the kernel did not answer in time")]
+    NoAnswer,
     #[error("netlink: {0}")]
-    Netlink(#[from] rustix::io::Errno),
+    Netlink(#[from] Errno),
     #[error(
         "the kernel has no inet_diag for tcp (CONFIG_INET_TCP_DIAG, or the module tcp_diag is missing)"
     )]
     NoDiag,
     #[error("the kernel refused the dump: {0}")]
-    Refused(rustix::io::Errno),
+    Refused(Errno),
     #[error("the kernel could not give a consistent dump in {TRIES} tries")]
     Interrupted,
     #[error("a message of {len} bytes, more than the {RECEIVE_BYTES} there is room for")]
@@ -87,7 +95,7 @@ fn take_here(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, S
         NetnsSelection::One(inode) => {
             let namespace = netns::find(inode)?;
             dump_into(&mut snapshot, &namespace)
-                .map_err(|source| SnapshotError::Dump { inode, source })?;
+                .map_err(|error| SnapshotError::Dump { inode, error })?;
         }
         NetnsSelection::All => {
             snapshot.whole_host = true;
@@ -156,7 +164,7 @@ fn dump_once(
     states: StateMask,
     netns: u32,
 ) -> Result<bool, DumpError> {
-    let socket = open()?;
+    let socket = open(PATIENCE)?;
     let mut buffer = vec![0; RECEIVE_BYTES];
     let mut consistent = true;
 
@@ -179,8 +187,7 @@ fn dump_once(
             match message {
                 Message::Socket(found) => records.extend(found.record(states, netns, read_ns)),
                 Message::Done(None) => return Ok(consistent),
-                Message::Failed(rustix::io::Errno::NOENT)
-                | Message::Done(Some(rustix::io::Errno::NOENT)) => {
+                Message::Failed(Errno::NOENT) | Message::Done(Some(Errno::NOENT)) => {
                     return Err(DumpError::NoDiag);
                 }
                 Message::Failed(errno) | Message::Done(Some(errno)) => {
@@ -192,8 +199,8 @@ fn dump_once(
     }
 }
 
-/// Connected to the kernel, so that nothing else can send to it.
-fn open() -> Result<OwnedFd, DumpError> {
+/// Connected to the kernel, so that nothing else can send to it. No call waits for longer than `patience`.
+fn open(patience: Duration) -> Result<OwnedFd, DumpError> {
     let socket = rustix::net::socket_with(
         AddressFamily::NETLINK,
         SocketType::DGRAM,
@@ -201,13 +208,18 @@ fn open() -> Result<OwnedFd, DumpError> {
         Some(SOCK_DIAG),
     )?;
     rustix::net::connect(&socket, &SocketAddrNetlink::new(0, 0))?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(patience))?;
     Ok(socket)
 }
 
 fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, DumpError> {
     let room = buffer.len();
-    let (_, len) =
-        rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *buffer, RecvFlags::TRUNC))?;
+    let received =
+        rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *buffer, RecvFlags::TRUNC));
+    let (_, len) = received.map_err(|errno| match errno {
+        Errno::AGAIN => DumpError::NoAnswer,
+        errno => errno.into(),
+    })?;
     if len > room {
         return Err(DumpError::Truncated { len });
     }

@@ -16,3 +16,4 @@ mod sockets;
 mod sys;
 mod tracer;
 mod vm;
+mod watch;

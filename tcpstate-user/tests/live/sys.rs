@@ -1,6 +1,7 @@
 //! What the tests do to the kernel with its own system calls, so that they run from an initramfs that has no
 //! other program: network namespaces, interfaces, sysctls, mounts, ending sockets.
 
+use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -25,12 +26,22 @@ pub fn new_namespace() -> io::Result<u32> {
     Ok(rustix::fs::stat("/proc/thread-self/ns/net")?.st_ino as u32)
 }
 
-/// Moves the calling thread into a mount namespace of its own that has tracefs.
-pub fn mount_tracefs() -> io::Result<()> {
+/// Moves the calling thread into a mount namespace of its own.
+pub fn own_mounts() -> io::Result<()> {
     // SAFETY: this thread gets its own idea of the root and current folders; it changes neither.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    mount_change("/", private)?;
+    Ok(mount_change("/", private)?)
+}
+
+/// Puts an empty folder with that mode in the place of the folder; in a mount namespace of one's own.
+pub fn hide(folder: &str, mode: &CStr) -> io::Result<()> {
+    Ok(mount("tmpfs", folder, "tmpfs", MountFlags::empty(), mode)?)
+}
+
+/// Moves the calling thread into a mount namespace of its own that has tracefs.
+pub fn mount_tracefs() -> io::Result<()> {
+    own_mounts()?;
     let target = "/sys/kernel/tracing";
     mount("tracefs", target, "tracefs", MountFlags::empty(), None)?;
     Ok(())

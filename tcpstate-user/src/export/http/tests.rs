@@ -127,7 +127,7 @@ impl Served {
 
     async fn events(&self, query: &str) -> Result<Events, ConnectError> {
         let subscription = Subscription::from_query(query).unwrap();
-        Events::connect(&self.socket, &subscription).await
+        Events::connect(&self.socket, &subscription, SOON).await
     }
 }
 
@@ -162,11 +162,17 @@ async fn paths_answer_on_both_sockets_but_events_only_on_the_unix_one() {
     served.backend.ready.store(true, Ordering::Relaxed);
     assert_eq!(status(&served.get("/-/ready").await), "200");
 
-    assert_eq!(status(&served.get("/v1/events").await), "404");
-    assert_eq!(status(&served.get("/metrics/").await), "404");
-    assert_eq!(status(&served.get("/v1/sockets").await), "404");
+    for path in ["/v1/events", "/metrics/", "/v1/sockets"] {
+        let missing = served.get(path).await;
+        let line = "no such path; / shows what there is\n";
+        assert_eq!((status(&missing), body(&missing)), ("404", line), "{path}");
+    }
     let posted = ask(served.tcp().await, "POST", "/metrics").await;
-    assert_eq!(status(&posted), "405");
+    let line = "only GET and HEAD are answered\n";
+    assert_eq!((status(&posted), body(&posted)), ("405", line));
+    let local = UnixStream::connect(&served.socket).await.unwrap();
+    let posted = ask(local, "POST", "/v1/events").await;
+    assert_eq!((status(&posted), body(&posted)), ("405", line));
     let head = ask(served.tcp().await, "HEAD", "/metrics").await;
     assert_eq!((status(&head), body(&head)), ("200", ""));
 }
@@ -387,7 +393,7 @@ async fn the_client_says_what_it_found() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let all = Subscription::default();
-    let connect = || Events::connect(&path, &all);
+    let connect = || Events::connect(&path, &all, SOON);
     assert!(matches!(connect().await, Err(ConnectError::NotFound(_))));
 
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());

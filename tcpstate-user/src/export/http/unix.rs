@@ -32,8 +32,23 @@ pub enum BindError {
     TooLong(PathBuf),
     #[error("no folder for the socket {}; create it, or choose another path with --socket", .0.display())]
     NoFolder(PathBuf),
-    #[error("can't serve the socket {}: {error}", .path.display())]
+    #[error(
+        "no right to make the socket {}: its folder must be writable; run as root, or choose another path with --socket",
+        .0.display()
+    )]
+    Denied(PathBuf),
+    #[error("can't serve the socket {}: {error}; another path can be chosen with --socket", .path.display())]
     Io { path: PathBuf, error: io::Error },
+}
+
+impl BindError {
+    fn of(path: &Path, error: io::Error) -> Self {
+        let path = path.to_owned();
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => Self::Denied(path),
+            _ => Self::Io { path, error },
+        }
+    }
 }
 
 /// A bound socket; its file goes when this goes.
@@ -48,10 +63,7 @@ impl UnixSocket {
     /// # Errors
     /// The path is another's, or can't be used.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
-        let failed = |error: io::Error| BindError::Io {
-            path: path.to_owned(),
-            error,
-        };
+        let failed = |error| BindError::of(path, error);
         let addr = SocketAddrUnix::new(path).map_err(|errno| match errno {
             Errno::NAMETOOLONG => BindError::TooLong(path.to_owned()),
             errno => failed(errno.into()),
@@ -120,10 +132,7 @@ impl Drop for SocketFile {
 }
 
 fn remove_stale(path: &Path) -> Result<(), BindError> {
-    let failed = |error| BindError::Io {
-        path: path.to_owned(),
-        error,
-    };
+    let failed = |error| BindError::of(path, error);
     let file = match fs::symlink_metadata(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -8,6 +8,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use rustix::net::AddressFamily;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::parse::{Message, Request, messages};
-use super::{boot_time_ns, open, receive, take};
+use super::{DumpError, PATIENCE, boot_time_ns, open, receive, take};
 use crate::kernel::netns;
 use crate::model::{Endpoint, Family, NetnsSelection, TcpState};
 use crate::table::{Record, StateMask};
@@ -409,7 +410,7 @@ fn real_batch() -> Vec<u8> {
         set_up("lo").expect("loopback goes up");
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let pair = accepted(&listener);
-        let socket = open().expect("netlink");
+        let socket = open(PATIENCE).expect("netlink");
         let request = Request::new(AddressFamily::INET, StateMask::ALL);
         rustix::net::send(&socket, request.as_bytes(), rustix::net::SendFlags::empty())
             .expect("send");
@@ -459,4 +460,17 @@ fn damaged_answers_are_errors_or_other_records_and_never_a_panic() {
     proptest!(|(bytes in prop::collection::vec(any::<u8>(), 0..512))| {
         let _ = records(&bytes);
     });
+}
+
+/// Nothing was asked, so nothing comes.
+#[test]
+fn a_kernel_that_does_not_answer_is_not_waited_for() {
+    let (done, answered) = mpsc::channel();
+    thread::spawn(move || {
+        let socket = open(Duration::from_millis(20)).unwrap();
+        let _ = done.send(receive(&socket, &mut [0; 64]));
+    });
+    let answer = answered.recv_timeout(Duration::from_secs(10));
+    let answer = answer.expect("it ends by itself");
+    assert!(matches!(answer, Err(DumpError::NoAnswer)), "{answer:?}");
 }
