@@ -1,33 +1,49 @@
 //! The host's network namespaces: finding them, and entering one.
 //!
 //! What is done inside them is the caller's. A namespace is found by the main thread of a process that is in
-//! it, or by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace. One that is held
-//! only by another thread, an open descriptor or a socket is not found.
+//! it, by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace, or by a socket in it
+//! whose owner is known.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::thread;
 
+use caps::{CapSet, Capability};
+use rustc_hash::FxHashSet;
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// Sockets that are asked for their namespace in one search at most, each some microseconds' work: a process that
+/// leads nowhere may hold any number.
+const MOST_ASKED: usize = 10_000;
+
+/// A network namespace, by inode, and a process that owns a socket in it, by its pid in ours.
+pub type Lead = (u32, u32);
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     #[error(
         "no network namespace {inode} found on this host; `lsns -t net` lists them{}",
-        .unreadable.as_ref().map(|reason| format!(" (not readable: {reason})")).unwrap_or_default()
+        .unreadable.as_ref().map(|reason| {
+            format!("; processes that could not be looked at, which CAP_SYS_PTRACE allows: {reason}")
+        }).unwrap_or_default()
     )]
     NotFound {
         inode: u32,
         /// What could not be searched.
         unreadable: Option<String>,
     },
+    #[error("can't trace network namespace {inode}: {source}; `--netns self` traces only this one")]
+    Enter { inode: u32, source: io::Error },
     #[error(
-        "all network namespaces need CAP_SYS_ADMIN, which is missing; `--netns self` traces only this one"
+        "all network namespaces need CAP_SYS_ADMIN to enter them and CAP_SYS_PTRACE to find those of other users' \
+         processes; missing: {0}; `--netns self` traces only this one"
     )]
-    AllNeedsSysAdmin,
+    AllNeeds(String),
     #[error("can't {what}: {source}")]
     Io {
         what: &'static str,
@@ -47,8 +63,7 @@ pub struct Namespace {
 pub struct Found {
     /// By inode, each once.
     pub namespaces: Vec<Namespace>,
-    /// Processes and mounts whose namespace could not be read (another's process needs CAP_SYS_PTRACE): how
-    /// many, and the first with the reason.
+    /// Processes and mounts whose namespace could not be read: how many, and the first with the reason.
     pub unreadable: Option<String>,
 }
 
@@ -100,24 +115,27 @@ fn inode_of(stat: &rustix::fs::Stat) -> io::Result<u32> {
     u32::try_from(stat.st_ino).map_err(|_| io::Error::other("not a namespace"))
 }
 
-/// Every namespace of the host that can be found.
+/// Every namespace of the host that can be found, also by `leads`.
 ///
 /// # Errors
-/// [`NetnsError::AllNeedsSysAdmin`] without the right to enter them; or `/proc` can't be read.
-pub fn all() -> Result<Found, NetnsError> {
-    let sys_admin = caps::has_cap(
-        None,
-        caps::CapSet::Effective,
-        caps::Capability::CAP_SYS_ADMIN,
-    )
-    .map_err(|error| NetnsError::Io {
+/// [`NetnsError::AllNeeds`] without the right to find and enter them; or `/proc` can't be read.
+pub fn all(leads: &FxHashSet<Lead>) -> Result<Found, NetnsError> {
+    let effective = caps::read(None, CapSet::Effective).map_err(|error| NetnsError::Io {
         what: "read the capabilities of this thread",
         source: io::Error::other(error),
     })?;
-    if !sys_admin {
-        return Err(NetnsError::AllNeedsSysAdmin);
+    let needed = [Capability::CAP_SYS_ADMIN, Capability::CAP_SYS_PTRACE];
+    let missing: Vec<String> = needed
+        .iter()
+        .filter(|capability| !effective.contains(capability))
+        .map(ToString::to_string)
+        .collect();
+    if !missing.is_empty() {
+        return Err(NetnsError::AllNeeds(missing.join(" and ")));
     }
-    search(|_| true)
+    let mut found = search(|_| true)?;
+    found.follow(leads);
+    Ok(found)
 }
 
 /// The namespace with this inode.
@@ -130,6 +148,88 @@ pub fn find(inode: u32) -> Result<Namespace, NetnsError> {
         inode,
         unreadable: found.unreadable,
     })
+}
+
+/// As [`find`], and it can be entered.
+///
+/// # Errors
+/// As [`find`], and [`NetnsError::Enter`].
+pub fn check(inode: u32) -> Result<(), NetnsError> {
+    let namespace = find(inode)?;
+    let entered = thread::Builder::new().spawn(move || namespace.enter());
+    entered
+        .and_then(|thread| thread.join().unwrap_or(Err(io::ErrorKind::Other.into())))
+        .map_err(|source| NetnsError::Enter { inode, source })
+}
+
+impl Found {
+    /// Adds namespaces that only sockets are in.
+    fn follow(&mut self, leads: &FxHashSet<Lead>) {
+        let mut wanted: BTreeMap<u32, FxHashSet<u32>> = BTreeMap::new();
+        for &(inode, pid) in leads {
+            if !self.namespaces.iter().any(|found| found.inode == inode) {
+                wanted.entry(pid).or_default().insert(inode);
+            }
+        }
+        let mut left = MOST_ASKED;
+        for (pid, mut inodes) in wanted {
+            inodes.retain(|&inode| !self.namespaces.iter().any(|found| found.inode == inode));
+            for namespace in of_sockets(pid, &mut left) {
+                if inodes.remove(&namespace.inode) {
+                    self.namespaces.push(namespace);
+                }
+                if inodes.is_empty() {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// The namespaces of the sockets that a process holds, while there are some `left` to be asked. None where that is not
+/// allowed, or the kernel is older than 5.6.
+fn of_sockets(pid: u32, left: &mut usize) -> impl Iterator<Item = Namespace> {
+    let process = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let files = process
+        .is_some()
+        .then(|| fs::read_dir(format!("/proc/{pid}/fd")).ok())
+        .flatten();
+    let sockets = files.into_iter().flatten().filter_map(|entry| {
+        let entry = entry.ok()?;
+        let target = fs::read_link(entry.path()).ok()?;
+        let is_socket = target
+            .as_os_str()
+            .as_encoded_bytes()
+            .starts_with(b"socket:");
+        is_socket.then(|| entry.file_name().to_str()?.parse().ok())?
+    });
+    sockets
+        .take_while(move |_| {
+            let some = *left > 0;
+            *left = left.saturating_sub(1);
+            some
+        })
+        .filter_map(move |fd: RawFd| {
+            // For the moment that the question takes, the socket is ours too.
+            let socket = pidfd_getfd(process.as_ref()?, fd, PidfdGetfdFlags::empty()).ok()?;
+            namespace_of(&socket).ok()
+        })
+}
+
+/// The namespace that a socket is in. Needs CAP_NET_ADMIN there.
+fn namespace_of(socket: &OwnedFd) -> io::Result<Namespace> {
+    // SAFETY: takes no argument and touches no memory; a failure is no descriptor.
+    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGSKNS as libc::Ioctl) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel made the descriptor for this call; nobody else knows it.
+    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let inode = inode_of(&rustix::fs::fstat(&file)?)?;
+    Ok(Namespace { inode, file })
 }
 
 fn search(wanted: impl Fn(u32) -> bool) -> Result<Found, NetnsError> {
@@ -163,7 +263,7 @@ fn search(wanted: impl Fn(u32) -> bool) -> Result<Found, NetnsError> {
         namespaces: namespaces.into_values().collect(),
         unreadable: first.map(|first| match failed {
             1 => first,
-            more => format!("{more} namespaces, the first: {first}"),
+            more => format!("{more} of them, the first {first}"),
         }),
     })
 }
@@ -240,7 +340,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::{NetnsError, all, find, mounted, own};
+    use super::{FxHashSet, NetnsError, all, find, mounted, own};
 
     #[test]
     fn mounts_of_network_namespaces_are_found_among_others() {
@@ -280,19 +380,32 @@ mod tests {
     }
 
     #[test]
-    fn all_of_them_need_a_capability_that_the_error_names() {
-        std::thread::spawn(|| {
-            caps::drop(
-                None,
-                caps::CapSet::Effective,
-                caps::Capability::CAP_SYS_ADMIN,
-            )
-            .expect("dropping is always allowed");
-            let error = all().expect_err("without the capability");
-            assert!(matches!(error, NetnsError::AllNeedsSysAdmin));
-            assert!(error.to_string().contains("--netns self"), "{error}");
-        })
-        .join()
-        .expect("no panic");
+    fn all_of_them_need_capabilities_that_the_error_names() {
+        let without = |lacking: &'static [caps::Capability]| {
+            let refused = std::thread::spawn(move || {
+                for &capability in lacking {
+                    caps::drop(None, caps::CapSet::Effective, capability).expect("allowed");
+                }
+                all(&FxHashSet::default())
+            });
+            refused.join().expect("no panic").map(drop)
+        };
+        for (lacking, named) in [
+            (&[caps::Capability::CAP_SYS_ADMIN][..], "CAP_SYS_ADMIN;"),
+            (&[caps::Capability::CAP_SYS_PTRACE], "CAP_SYS_PTRACE;"),
+            (
+                &[
+                    caps::Capability::CAP_SYS_ADMIN,
+                    caps::Capability::CAP_SYS_PTRACE,
+                ],
+                "CAP_SYS_ADMIN and CAP_SYS_PTRACE;",
+            ),
+        ] {
+            let error = without(lacking).expect_err("without the capability");
+            assert!(matches!(error, NetnsError::AllNeeds(_)));
+            let error = error.to_string();
+            assert!(error.contains(&format!("missing: {named}")), "{error}");
+            assert!(error.contains("--netns self"), "{error}");
+        }
     }
 }

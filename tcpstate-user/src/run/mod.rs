@@ -12,11 +12,13 @@ use std::process::ExitCode;
 use std::{fmt, fs};
 
 use anyhow::Context as _;
+use rustc_hash::FxHashSet;
 
 use crate::cli::{Attach, Cli, Command};
 use crate::filter::Netns;
 use crate::kernel::{self, Session, netns};
 use crate::model::{NetnsSelection, Source, Start};
+use crate::owner;
 
 /// Runs the command. An error is one line on stderr, with its causes, and status 1.
 #[must_use]
@@ -61,8 +63,16 @@ fn resolve(netns: Netns) -> anyhow::Result<NetnsSelection> {
 fn select(netns: Netns) -> anyhow::Result<NetnsSelection> {
     let selection = resolve(netns)?;
     match netns {
-        Netns::All => drop(netns::all()?),
-        Netns::Inode(inode) => drop(netns::find(inode)?),
+        Netns::All => {
+            netns::all(&FxHashSet::default())?;
+            if !owner::in_initial_pid_namespace() {
+                tracing::warn!(
+                    "not in the initial pid namespace: network namespaces of processes outside can't be found, and \
+                     what is in them is known from events only; `--pid=host`, or its like, lets them be found"
+                );
+            }
+        }
+        Netns::Inode(inode) => netns::check(inode)?,
         Netns::Own => {}
     }
     Ok(selection)

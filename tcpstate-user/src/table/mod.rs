@@ -229,6 +229,24 @@ impl Table {
         self.len() == 0
     }
 
+    /// Network namespaces with the pids of who owns a full socket there.
+    #[must_use]
+    pub fn owners_by_netns(&self) -> FxHashSet<(u32, u32)> {
+        let sockets = self.full.values().map(|full| &full.socket);
+        sockets
+            .filter_map(|socket| Some((socket.netns?, socket.owner?.process.pid)))
+            .collect()
+    }
+
+    /// Network namespaces that full sockets are in and that no dump has ever covered.
+    #[must_use]
+    pub fn unlisted(&self) -> FxHashSet<u32> {
+        let namespaces = self.full.values().filter_map(|full| full.socket.netns);
+        namespaces
+            .filter(|netns| !self.listed.contains(netns))
+            .collect()
+    }
+
     /// By [`Correction`], in the order of its values.
     #[must_use]
     pub fn corrections(&self) -> [u64; <Correction as Named>::ALL.len()] {

@@ -22,19 +22,24 @@ use crate::tracer::product;
 
 const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// A daemon in the calling thread's network namespace, which sees only that.
-struct Daemon {
+/// A daemon in the calling thread's network namespace.
+pub struct Daemon {
     child: Child,
     socket: PathBuf,
     _folder: TempDir,
 }
 
 impl Daemon {
-    fn start(arguments: &[&str]) -> Self {
+    /// Which sees only its own namespace.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::tracing("self", arguments)
+    }
+
+    pub fn tracing(netns: &str, arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let socket = folder.path().join("socket");
         let mut child = Command::new(product())
-            .args(["daemon", "--netns", "self", "--socket"])
+            .args(["daemon", "--netns", netns, "--socket"])
             .arg(&socket)
             .args(["--web.listen-address", "127.0.0.1:10975"])
             .args(arguments)
@@ -70,7 +75,7 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
-    fn metrics(&self) -> Metrics {
+    pub fn metrics(&self) -> Metrics {
         let (status, page) = self.get("/metrics");
         assert_eq!(status, 200, "{page}");
         let series = page.lines().filter(|line| !line.starts_with('#'));
@@ -94,10 +99,10 @@ impl Drop for Daemon {
     }
 }
 
-struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(BTreeMap<String, f64>);
 
 impl Metrics {
-    fn get(&self, series: &str) -> f64 {
+    pub fn get(&self, series: &str) -> f64 {
         *self.0.get(series).unwrap_or_else(|| panic!("no {series}"))
     }
 
@@ -108,13 +113,13 @@ impl Metrics {
         names.map(|name| self.0[name]).sum()
     }
 
-    fn state(&self, state: &str) -> f64 {
+    pub fn state(&self, state: &str) -> f64 {
         self.get(&format!("tcpstate_sockets{{state=\"{state}\"}}"))
     }
 }
 
 /// Runs in a network namespace of its own: the thread's.
-fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
+pub fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
     let run = || test(sys::new_namespace().expect("network namespaces need root"));
     thread::spawn(run)
         .join()
@@ -430,7 +435,7 @@ fn a_line_comes_within_a_tenth_of_a_second() {
 }
 
 /// What the product says on stderr, and its status.
-fn refused(command: &mut Command) -> (i32, String) {
+pub fn refused(command: &mut Command) -> (i32, String) {
     let output = command
         .stdin(Stdio::null())
         .output()
