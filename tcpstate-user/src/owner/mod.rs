@@ -1,11 +1,11 @@
-//! What is known of a process beyond what the kernel's record says: the container it runs in, and its name
-//! where the record lacks it.
+//! What is known of a process beyond what the kernel's record says: the container it runs in, its name where the
+//! record lacks it, and the name that it has now.
 
 mod comm;
 mod container;
 mod lookup;
 
-pub use comm::comm_of;
+pub use comm::{comm_of, names};
 pub use lookup::Containers;
 
 use std::fs;

@@ -24,8 +24,8 @@ use crate::kernel::netns::NetnsError;
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
-use crate::model::{Loss, LossReason, NetnsSelection, TcpState};
-use crate::owner::{Containers, comm_of, in_initial_pid_namespace};
+use crate::model::{Comm, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
+use crate::owner::{Containers, comm_of, in_initial_pid_namespace, names};
 use crate::stats::Stats;
 use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
 
@@ -68,7 +68,12 @@ pub struct Tracer {
 enum Command {
     View(oneshot::Sender<Arc<View>>),
     Subscribe(Box<Stream>),
-    Dumped(Dump, Result<Snapshot, SnapshotError>),
+    /// With the names that owners have now, of a full dump.
+    Dumped(
+        Dump,
+        Result<Snapshot, SnapshotError>,
+        FxHashMap<ProcessId, Comm>,
+    ),
     Stop,
 }
 
@@ -302,7 +307,7 @@ impl State {
         match command {
             Command::Subscribe(stream) => self.streams.add(*stream),
             Command::View(reply) => self.scrape(reply, session),
-            Command::Dumped(dump, result) => self.dumped(dump, result, session),
+            Command::Dumped(dump, result, names) => self.dumped(dump, result, &names, session),
             Command::Stop => {}
         }
     }
@@ -447,6 +452,11 @@ impl State {
         } else {
             FxHashSet::default()
         };
+        let owners = if dump == Dump::Full && self.pids_are_ours {
+            self.table.owners()
+        } else {
+            FxHashSet::default()
+        };
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -456,7 +466,7 @@ impl State {
                 }
                 let result = snapshot::take(netns, dump.states(), leads);
                 // The tracer may have ended meanwhile.
-                let _ = commands.send(Command::Dumped(dump, result));
+                let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
             });
         match begun {
             Ok(_) => {
@@ -471,6 +481,7 @@ impl State {
         &mut self,
         dump: Dump,
         result: Result<Snapshot, SnapshotError>,
+        names: &FxHashMap<ProcessId, Comm>,
         session: &mut Session,
     ) {
         self.dump = None;
@@ -494,8 +505,9 @@ impl State {
         };
         self.drain_to(session, snapshot.finished_ns);
         self.check_losses(session);
-        let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        let doubtful = self.table.reconcile(&snapshot, tell);
+        let mut tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+        let doubtful = self.table.reconcile(&snapshot, &mut tell);
+        self.table.rename(names, snapshot.finished_ns, tell);
         if doubtful {
             // What two dumps lack is gone: the second should not be long.
             self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
