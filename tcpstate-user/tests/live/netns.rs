@@ -1,8 +1,9 @@
 //! Network namespaces: which are found and entered, and what is said where one can't be.
 
 use std::fs::File;
+use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,18 +11,22 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tempfile::TempDir;
 
 use crate::daemon::{Daemon, in_namespace, refused};
-use crate::lab::until;
+use crate::lab::{proc_states, until};
 use crate::sockets::{Tcp, connect_to_nobody};
 use crate::sys;
 use crate::tracer::{Tracer, product};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// Number of the state.
+const LISTEN: u8 = 10;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -130,6 +135,48 @@ fn events_come_from_all_namespaces() {
             });
         }
         assert!(tracer.stop().0.success());
+    });
+}
+
+/// It holds a listener whose owner has ended: no dump can tell of it.
+#[test]
+fn a_namespace_that_nothing_leads_to_is_named() {
+    in_namespace(|_| {
+        let folder = TempDir::new().expect("a folder");
+        let mut daemon = Command::new(product())
+            .args(["daemon", "--netns", "all", "--reconcile-interval", "200ms"])
+            .args(["--web.listen-address", "127.0.0.1:0", "--socket"])
+            .arg(folder.path().join("socket"))
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the product starts");
+        let mut said = BufReader::new(daemon.stderr.take().expect("piped")).lines();
+        // Where a line does not come, its end is awaited: with the test, or when time is up.
+        let (done, over) = mpsc::channel::<()>();
+        let limit = thread::spawn(move || {
+            let _ = over.recv_timeout(Duration::from_secs(20));
+            daemon.kill().expect("it lives");
+            daemon.wait().expect("it ends");
+        });
+        let mut says = |words: &[&str]| {
+            let mut lines = said.by_ref().map_while(Result::ok);
+            lines.any(|line| words.iter().all(|word| line.contains(word)))
+        };
+        assert!(says(&["tracing directly"]));
+        let inside = Inside::new();
+        let _listener = inside.run(|| {
+            let socket = Tcp::bound(LOOPBACK);
+            let port = socket.local().port();
+            let listen = || rustix::net::listen(&socket.fd, 1).expect("listen");
+            let process = sys::Fork::new(&[socket.fd.as_fd()], listen).expect("a process");
+            until("it listens", || proc_states(port) == [LISTEN]);
+            drop(process);
+            socket
+        });
+        let named = says(&["known from events only", &inside.inode.to_string()]);
+        drop(done);
+        limit.join().expect("no panic");
+        assert!(named, "{} was not named", inside.inode);
     });
 }
 
