@@ -1,25 +1,26 @@
 //! The host's network namespaces: finding them, and entering one.
 //!
 //! What is done inside them is the caller's. A namespace is found by the main thread of a process that is in
-//! it, by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace, or by a socket in it
-//! whose owner is known.
+//! it, by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace, or by another thread
+//! of a process that is known to own a socket there. One that only descriptors or sockets hold is not found: to
+//! ask a socket for its namespace (SIOCGSKNS) we would have to share it (`pidfd_getfd`), and where its process
+//! closes it just then, the close is ours, with all that it waits for (SO_LINGER).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use caps::{CapSet, Capability};
 use rustc_hash::FxHashSet;
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// Sockets that are asked for their namespace in one search at most, each some microseconds' work: a process that
-/// leads nowhere may hold any number.
-const MOST_ASKED: usize = 10_000;
+/// Threads that are looked at in one search at most, each some microseconds' work: a process that leads nowhere may
+/// have any number.
+const MOST_THREADS: usize = 10_000;
 
 /// A network namespace, by inode, and a process that owns a socket in it, by its pid in ours.
 pub type Lead = (u32, u32);
@@ -163,7 +164,7 @@ pub fn check(inode: u32) -> Result<(), NetnsError> {
 }
 
 impl Found {
-    /// Adds namespaces that only sockets are in.
+    /// Adds namespaces that only threads of these processes are in.
     fn follow(&mut self, leads: &FxHashSet<Lead>) {
         let mut wanted: BTreeMap<u32, FxHashSet<u32>> = BTreeMap::new();
         for &(inode, pid) in leads {
@@ -171,65 +172,27 @@ impl Found {
                 wanted.entry(pid).or_default().insert(inode);
             }
         }
-        let mut left = MOST_ASKED;
-        for (pid, mut inodes) in wanted {
-            inodes.retain(|&inode| !self.namespaces.iter().any(|found| found.inode == inode));
-            for namespace in of_sockets(pid, &mut left) {
-                if inodes.remove(&namespace.inode) {
-                    self.namespaces.push(namespace);
-                }
-                if inodes.is_empty() {
-                    break;
-                }
+        let threads = wanted.iter().flat_map(|(pid, inodes)| {
+            let threads = fs::read_dir(format!("/proc/{pid}/task"));
+            // It may have ended since it was seen to own a socket.
+            let threads = threads.into_iter().flatten().flatten();
+            threads.map(move |thread| (thread.path().join("ns/net"), inodes))
+        });
+        let mut added = FxHashSet::default();
+        for (path, inodes) in threads.take(MOST_THREADS) {
+            let is_news = |inode: &u32| inodes.contains(inode) && !added.contains(inode);
+            let inode = rustix::fs::stat(&path)
+                .ok()
+                .and_then(|stat| inode_of(&stat).ok());
+            if inode.as_ref().is_some_and(is_news)
+                && let Ok(namespace) = Namespace::open(&path)
+                && is_news(&namespace.inode)
+            {
+                added.insert(namespace.inode);
+                self.namespaces.push(namespace);
             }
         }
     }
-}
-
-/// The namespaces of the sockets that a process holds, while there are some `left` to be asked. None where that is not
-/// allowed, or the kernel is older than 5.6.
-fn of_sockets(pid: u32, left: &mut usize) -> impl Iterator<Item = Namespace> {
-    let process = i32::try_from(pid)
-        .ok()
-        .and_then(Pid::from_raw)
-        .and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-    let files = process
-        .is_some()
-        .then(|| fs::read_dir(format!("/proc/{pid}/fd")).ok())
-        .flatten();
-    let sockets = files.into_iter().flatten().filter_map(|entry| {
-        let entry = entry.ok()?;
-        let target = fs::read_link(entry.path()).ok()?;
-        let is_socket = target
-            .as_os_str()
-            .as_encoded_bytes()
-            .starts_with(b"socket:");
-        is_socket.then(|| entry.file_name().to_str()?.parse().ok())?
-    });
-    sockets
-        .take_while(move |_| {
-            let some = *left > 0;
-            *left = left.saturating_sub(1);
-            some
-        })
-        .filter_map(move |fd: RawFd| {
-            // For the moment that the question takes, the socket is ours too.
-            let socket = pidfd_getfd(process.as_ref()?, fd, PidfdGetfdFlags::empty()).ok()?;
-            namespace_of(&socket).ok()
-        })
-}
-
-/// The namespace that a socket is in. Needs CAP_NET_ADMIN there.
-fn namespace_of(socket: &OwnedFd) -> io::Result<Namespace> {
-    // SAFETY: takes no argument and touches no memory; a failure is no descriptor.
-    let fd = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGSKNS as libc::Ioctl) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel made the descriptor for this call; nobody else knows it.
-    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    let inode = inode_of(&rustix::fs::fstat(&file)?)?;
-    Ok(Namespace { inode, file })
 }
 
 fn search(wanted: impl Fn(u32) -> bool) -> Result<Found, NetnsError> {

@@ -159,7 +159,7 @@ pub struct Table {
     generations: Generations,
     /// Where events have no cookie: sockets that a dump found and no event has shown.
     adopted: FxHashMap<Tuple, u64>,
-    /// Namespaces that a dump has covered: one that is not found any more is gone.
+    /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
     /// While a dump is under way: what closed since it began.
     closed: Option<FxHashMap<DumpKey, u64>>,
@@ -280,7 +280,7 @@ impl Table {
         }
     }
 
-    /// Network namespaces that full sockets are in and that no dump has ever covered.
+    /// Network namespaces that full sockets are in and that no dump has covered.
     #[must_use]
     pub fn unlisted(&self) -> FxHashSet<u32> {
         let namespaces = self.full.values().filter_map(|full| full.socket.netns);

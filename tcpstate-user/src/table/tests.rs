@@ -831,6 +831,15 @@ fn what_a_namespace_held_goes_with_it() {
     }
     assert_eq!(watched.states(), BTreeMap::new());
     assert_eq!(watched.table.corrections(), [0; 4]);
+    // Another namespace has its inode now, and no dump finds it: its socket stays, for its events come.
+    watched.apply(&by(event(8000, 9, CLOSE, LISTEN), 10, "a"));
+    for time in [9000, 10_000, 11_000] {
+        watched.reconcile(&elsewhere(time));
+    }
+    assert_eq!(watched.table.len(), 1);
+    assert_eq!(watched.table.unlisted(), FxHashSet::from_iter([NETNS]));
+    let owners = watched.table.owners_by_netns();
+    assert_eq!(owners, FxHashSet::from_iter([(NETNS, 10)]));
 }
 
 /// The dump read it in one state, and events moved it on before the merge.

@@ -90,13 +90,13 @@ impl Inside {
 /// Listeners that are older than the daemon, as no event shows them: only a dump of their namespace does. So many that
 /// those of the host and of other tests make no difference.
 #[test]
-fn all_namespaces_are_those_of_processes_names_and_sockets() {
+fn all_namespaces_are_those_of_processes_names_and_threads() {
     in_namespace(|_| {
         let folder = TempDir::new().expect("a folder");
-        let [lived_in, named, held] = [Inside::new(), Inside::new(), Inside::new()];
+        let [lived_in, named, visited] = [Inside::new(), Inside::new(), Inside::new()];
         let _process = lived_in.process();
         named.mount(folder.path());
-        let sockets = [lived_in.listen(100), named.listen(200), held.listen(400)];
+        let sockets = [lived_in.listen(100), named.listen(200), visited.listen(400)];
         for (inside, count) in [(&lived_in, 100.0), (&named, 200.0)] {
             let one = Daemon::tracing(&inside.inode.to_string(), &["--reconcile-interval", "1h"]);
             assert_eq!(one.metrics().state("listen"), count);
@@ -109,9 +109,9 @@ fn all_namespaces_are_those_of_processes_names_and_sockets() {
         };
         let found = unowned();
         assert!((300.0..400.0).contains(&found), "{found} listeners");
-        // Its owner is known: from it the way leads to the others.
-        let lead = held.listen(1);
-        until("the namespace that only sockets are in is found", || {
+        // Its owner is known: it has a thread there, which leads to the others.
+        let lead = visited.listen(1);
+        until("the namespace that only a thread is in is found", || {
             (700.0..800.0).contains(&unowned())
         });
         assert!(unowned() >= 700.0, "what was found stays");
