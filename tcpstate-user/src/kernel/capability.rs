@@ -129,12 +129,17 @@ fn refusal(path: Path, log: &str) -> StartError {
 /// The capabilities that this thread lacks to trace in every network namespace, in words.
 pub(super) fn missing_for_all_namespaces() -> Option<String> {
     let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
-    if effective.contains(&Capability::CAP_SYS_ADMIN) {
-        return None;
-    }
     let mut names = missing();
-    names.push("CAP_SYS_ADMIN");
-    Some(listed(&names))
+    // To enter a namespace, and to find those of other users' processes.
+    for (capability, name) in [
+        (Capability::CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
+        (Capability::CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
+    ] {
+        if !effective.contains(&capability) {
+            names.push(name);
+        }
+    }
+    (!names.is_empty()).then(|| listed(&names))
 }
 
 fn listed(names: &[&str]) -> String {

@@ -1,34 +1,49 @@
 //! The host's network namespaces: finding them, and entering one.
 //!
 //! What is done inside them is the caller's. A namespace is found by the main thread of a process that is in
-//! it, or by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace. One that is held
-//! only by another thread, an open descriptor or a socket is not found.
+//! it, by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace, or by another thread
+//! of a process that is known to own a socket there. One that only descriptors or sockets hold is not found: to
+//! ask a socket for its namespace (SIOCGSKNS) we would have to share it (`pidfd_getfd`), and where its process
+//! closes it just then, the close is ours, with all that it waits for (SO_LINGER).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::thread;
 
+use rustc_hash::FxHashSet;
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::capability;
 
+/// Threads that are looked at in one search at most, each some microseconds' work: a process that leads nowhere may
+/// have any number.
+const MOST_THREADS: usize = 10_000;
+
+/// A network namespace, by inode, and a process that owns a socket in it, by its pid in ours.
+pub type Lead = (u32, u32);
+
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     #[error(
         "no network namespace {inode} found on this host; `lsns -t net` lists them{}",
-        .unreadable.as_ref().map(|reason| format!(" (not readable: {reason})")).unwrap_or_default()
+        .unreadable.as_ref().map(|reason| {
+            format!("; processes that could not be looked at, which CAP_SYS_PTRACE allows: {reason}")
+        }).unwrap_or_default()
     )]
     NotFound {
         inode: u32,
         /// What could not be searched.
         unreadable: Option<String>,
     },
+    #[error("can't trace network namespace {inode}: {error}; `--netns self` traces only this one")]
+    Enter { inode: u32, error: io::Error },
     #[error(
         "no right to trace all network namespaces: {0} missing; run as root, or give the program these capabilities; \
-         `--netns self`, which is only this one, takes no CAP_SYS_ADMIN"
+         `--netns self`, which is only this one, takes neither CAP_SYS_ADMIN nor CAP_SYS_PTRACE"
     )]
     Capabilities(String),
     #[error("can't {what}: {error}")]
@@ -50,8 +65,7 @@ pub struct Namespace {
 pub struct Found {
     /// By inode, each once.
     pub namespaces: Vec<Namespace>,
-    /// Processes and mounts whose namespace could not be read (another's process needs CAP_SYS_PTRACE): how
-    /// many, and the first with the reason.
+    /// Processes and mounts whose namespace could not be read: how many, and the first with the reason.
     pub unreadable: Option<String>,
 }
 
@@ -103,16 +117,18 @@ fn inode_of(stat: &rustix::fs::Stat) -> io::Result<u32> {
     u32::try_from(stat.st_ino).map_err(|_| io::Error::other("not a namespace"))
 }
 
-/// Every namespace of the host that can be found.
+/// Every namespace of the host that can be found, also by `leads`.
 ///
 /// # Errors
-/// [`NetnsError::Capabilities`] without the right to enter them: all that are missing to trace there; or `/proc` can't
-/// be read.
-pub fn all() -> Result<Found, NetnsError> {
-    match capability::missing_for_all_namespaces() {
-        Some(missing) => Err(NetnsError::Capabilities(missing)),
-        None => search(|_| true),
+/// [`NetnsError::Capabilities`] without the right to find and enter them: all that are missing to trace there; or
+/// `/proc` can't be read.
+pub fn all(leads: &FxHashSet<Lead>) -> Result<Found, NetnsError> {
+    if let Some(missing) = capability::missing_for_all_namespaces() {
+        return Err(NetnsError::Capabilities(missing));
     }
+    let mut found = search(|_| true)?;
+    found.follow(leads);
+    Ok(found)
 }
 
 /// The namespace with this inode.
@@ -125,6 +141,50 @@ pub fn find(inode: u32) -> Result<Namespace, NetnsError> {
         inode,
         unreadable: found.unreadable,
     })
+}
+
+/// As [`find`], and it can be entered.
+///
+/// # Errors
+/// As [`find`], and [`NetnsError::Enter`].
+pub fn check(inode: u32) -> Result<(), NetnsError> {
+    let namespace = find(inode)?;
+    let entered = thread::Builder::new().spawn(move || namespace.enter());
+    entered
+        .and_then(|thread| thread.join().unwrap_or(Err(io::ErrorKind::Other.into())))
+        .map_err(|error| NetnsError::Enter { inode, error })
+}
+
+impl Found {
+    /// Adds namespaces that only threads of these processes are in.
+    fn follow(&mut self, leads: &FxHashSet<Lead>) {
+        let mut wanted: BTreeMap<u32, FxHashSet<u32>> = BTreeMap::new();
+        for &(inode, pid) in leads {
+            if !self.namespaces.iter().any(|found| found.inode == inode) {
+                wanted.entry(pid).or_default().insert(inode);
+            }
+        }
+        let threads = wanted.iter().flat_map(|(pid, inodes)| {
+            let threads = fs::read_dir(format!("/proc/{pid}/task"));
+            // It may have ended since it was seen to own a socket.
+            let threads = threads.into_iter().flatten().flatten();
+            threads.map(move |thread| (thread.path().join("ns/net"), inodes))
+        });
+        let mut added = FxHashSet::default();
+        for (path, inodes) in threads.take(MOST_THREADS) {
+            let is_news = |inode: &u32| inodes.contains(inode) && !added.contains(inode);
+            let inode = rustix::fs::stat(&path)
+                .ok()
+                .and_then(|stat| inode_of(&stat).ok());
+            if inode.as_ref().is_some_and(is_news)
+                && let Ok(namespace) = Namespace::open(&path)
+                && is_news(&namespace.inode)
+            {
+                added.insert(namespace.inode);
+                self.namespaces.push(namespace);
+            }
+        }
+    }
 }
 
 fn search(wanted: impl Fn(u32) -> bool) -> Result<Found, NetnsError> {
@@ -158,7 +218,7 @@ fn search(wanted: impl Fn(u32) -> bool) -> Result<Found, NetnsError> {
         namespaces: namespaces.into_values().collect(),
         unreadable: first.map(|first| match failed {
             1 => first,
-            more => format!("{more} namespaces, the first: {first}"),
+            more => format!("{more} of them, the first {first}"),
         }),
     })
 }
@@ -235,7 +295,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::{NetnsError, all, find, mounted, own};
+    use super::{FxHashSet, NetnsError, all, find, mounted, own};
 
     #[test]
     fn mounts_of_network_namespaces_are_found_among_others() {
@@ -275,19 +335,32 @@ mod tests {
     }
 
     #[test]
-    fn all_of_them_need_a_capability_that_the_error_names() {
-        std::thread::spawn(|| {
-            caps::drop(
-                None,
-                caps::CapSet::Effective,
-                caps::Capability::CAP_SYS_ADMIN,
-            )
-            .expect("dropping is always allowed");
-            let error = all().expect_err("without the capability");
+    fn all_of_them_need_capabilities_that_the_error_names() {
+        let without = |lacking: &'static [caps::Capability]| {
+            let refused = std::thread::spawn(move || {
+                for &capability in lacking {
+                    caps::drop(None, caps::CapSet::Effective, capability).expect("allowed");
+                }
+                all(&FxHashSet::default())
+            });
+            refused.join().expect("no panic").map(drop)
+        };
+        for (lacking, named) in [
+            (&[caps::Capability::CAP_SYS_ADMIN][..], "CAP_SYS_ADMIN"),
+            (&[caps::Capability::CAP_SYS_PTRACE], "CAP_SYS_PTRACE"),
+            (
+                &[
+                    caps::Capability::CAP_SYS_ADMIN,
+                    caps::Capability::CAP_SYS_PTRACE,
+                ],
+                "CAP_SYS_ADMIN and CAP_SYS_PTRACE",
+            ),
+        ] {
+            let error = without(lacking).expect_err("without the capability");
             assert!(matches!(error, NetnsError::Capabilities(_)));
-            assert!(error.to_string().contains("--netns self"), "{error}");
-        })
-        .join()
-        .expect("no panic");
+            let error = error.to_string();
+            assert!(error.contains(&format!("{named} missing;")), "{error}");
+            assert!(error.contains("--netns self"), "{error}");
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::Duration;
 
+use rustc_hash::FxHashSet;
 use rustix::io::Errno;
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -17,7 +18,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::time::{ClockId, clock_gettime};
 
 use self::parse::{Message, Request};
-use super::netns::{self, Namespace, NetnsError};
+use super::netns::{self, Lead, Namespace, NetnsError};
 use crate::model::NetnsSelection;
 use crate::table::{Record, Snapshot, StateMask, Unreachable};
 
@@ -66,7 +67,7 @@ pub enum DumpError {
     Malformed(#[from] parse::Malformed),
 }
 
-/// Lists the TCP sockets that are in one of `states`, in the selected namespaces.
+/// Lists the TCP sockets that are in one of `states`, in the selected namespaces; `leads` help to find all of them.
 ///
 /// Works on a thread of its own and waits for it. With [`NetnsSelection::All`] a namespace that can't be read is
 /// reported in the snapshot, and none of its sockets are there; with one, that is an error. CLOSE can't be
@@ -74,10 +75,14 @@ pub enum DumpError {
 ///
 /// # Errors
 /// The selection can't be had, or a thread.
-pub fn take(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, SnapshotError> {
+pub fn take(
+    selection: NetnsSelection,
+    states: StateMask,
+    leads: FxHashSet<Lead>,
+) -> Result<Snapshot, SnapshotError> {
     thread::Builder::new()
         .name("snapshot".to_owned())
-        .spawn(move || take_here(selection, states))
+        .spawn(move || take_here(selection, states, &leads))
         .map_err(SnapshotError::Thread)?
         .join()
         // Its message is on stderr already.
@@ -85,7 +90,11 @@ pub fn take(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, Sn
 }
 
 /// Leaves the calling thread in any of the namespaces.
-fn take_here(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, SnapshotError> {
+fn take_here(
+    selection: NetnsSelection,
+    states: StateMask,
+    leads: &FxHashSet<Lead>,
+) -> Result<Snapshot, SnapshotError> {
     let mut snapshot = Snapshot {
         states,
         started_ns: boot_time_ns(),
@@ -99,7 +108,7 @@ fn take_here(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, S
         }
         NetnsSelection::All => {
             snapshot.whole_host = true;
-            let found = netns::all()?;
+            let found = netns::all(leads)?;
             for namespace in found.namespaces {
                 if let Err(error) = dump_into(&mut snapshot, &namespace) {
                     snapshot.unreachable.push(Unreachable {

@@ -14,7 +14,7 @@ pub(crate) use name::named;
 pub use name::{Named, UnknownName};
 pub use transition::{
     ConnectionId, Endpoint, Evidence, Family, Line, Loss, LossReason, NetnsSelection, Owner,
-    OwnerSource, Process, Role, Source, Start, Transition,
+    OwnerSource, Process, ProcessId, Role, Source, Start, Transition,
 };
 
 pub use tcpstate_common::TcpState;

@@ -95,6 +95,17 @@ pub enum ConnectionId {
     Own(u64),
 }
 
+/// Pid and start: one process of this boot.
+pub type ProcessId = (u32, u64);
+
+impl Process {
+    /// `None` where the start is not known, and the pid may be another's by now.
+    #[must_use]
+    pub fn id(&self) -> Option<ProcessId> {
+        (self.start_ns != 0).then_some((self.pid, self.start_ns))
+    }
+}
+
 impl fmt::Display for ConnectionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -33,7 +33,6 @@ pub struct Containers {
     proc: PathBuf,
     /// Where the cgroup v2 hierarchy is mounted, if it is.
     unified: Option<PathBuf>,
-    ns_per_tick: u64,
     known: FxHashMap<Key, Option<Arc<str>>>,
 }
 
@@ -63,7 +62,6 @@ impl Containers {
         Self {
             proc: proc.to_owned(),
             unified,
-            ns_per_tick: 1_000_000_000 / rustix::param::clock_ticks_per_second().max(1),
             known: FxHashMap::default(),
         }
     }
@@ -100,7 +98,7 @@ impl Containers {
         };
         let text = String::from_utf8_lossy(&text);
         // After reading, so that the text can't be a later process'.
-        if !self.started_at(&folder, start_ns) {
+        if !started_at(&folder, start_ns) {
             return (false, None);
         }
         let cgroups = Cgroups::parse(&text);
@@ -112,19 +110,31 @@ impl Containers {
         (settled, cgroups.container().map(Arc::from))
     }
 
-    fn started_at(&self, folder: &Path, start_ns: u64) -> bool {
-        fs::read(folder.join("stat")).is_ok_and(|stat| {
-            // `do_task_stat` rounds down (`nsec_to_clock_t`).
-            start_ticks(&stat) == Some(start_ns / self.ns_per_tick)
-        })
-    }
-
     /// The id of a cgroup is the inode number of its folder (`kernfs_ino`, on 64-bit).
     fn unified_id(&self, path: &str) -> Option<u64> {
         use std::os::unix::fs::MetadataExt as _;
         let folder = self.unified.as_ref()?.join(path.trim_start_matches('/'));
         Some(fs::metadata(folder).ok()?.ino())
     }
+}
+
+/// Whether `folder`, in `/proc`, is that of the process that started then.
+pub(super) fn started_at(folder: &Path, start_ns: u64) -> bool {
+    fs::read(folder.join("stat")).is_ok_and(|stat| {
+        // `do_task_stat` rounds down (`nsec_to_clock_t`).
+        start_ticks(&stat) == Some(start_ns / ns_per_tick())
+    })
+}
+
+/// The start of a process, as exact as `/proc` tells it.
+#[cfg(test)]
+pub(super) fn start_ns_of(pid: u32) -> Option<u64> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    Some(start_ticks(&stat)? * ns_per_tick())
+}
+
+fn ns_per_tick() -> u64 {
+    1_000_000_000 / rustix::param::clock_ticks_per_second().max(1)
 }
 
 /// Field 22 of `/proc/PID/stat`. The name in field 2 may hold blanks and brackets.
@@ -305,9 +315,8 @@ mod tests {
         let contained = Contained::start();
         let pid = contained.process.id();
         let cgroup = fs::metadata(&contained.folder).expect("made").ino();
-        let stat = fs::read(format!("/proc/{pid}/stat")).expect("alive");
         let mut containers = Containers::new();
-        let start_ns = start_ticks(&stat).expect("field 22") * containers.ns_per_tick;
+        let start_ns = start_ns_of(pid).expect("alive");
 
         assert_eq!(
             containers.container(pid, start_ns, cgroup).as_deref(),

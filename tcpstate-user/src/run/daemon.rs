@@ -26,7 +26,7 @@ async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()
     let netns = select(config.netns)?;
     let mut tcp = Vec::new();
     for &addr in &config.listen {
-        tcp.push(http::bind_tcp(addr).await?);
+        tcp.push(http::bind_tcp(addr)?);
     }
     let unix = UnixSocket::bind(&config.socket)?;
     let mut interrupt = signal(SignalKind::interrupt()).context("can't wait for signals")?;

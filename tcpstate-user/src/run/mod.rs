@@ -13,6 +13,7 @@ use std::{fmt, fs};
 
 use anyhow::Context as _;
 use clap::Parser as _;
+use rustc_hash::FxHashSet;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
@@ -23,6 +24,7 @@ use crate::export::log::PROGRAM;
 use crate::filter::Netns;
 use crate::kernel::{self, RingSize, Session, netns};
 use crate::model::{NetnsSelection, Source, Start};
+use crate::owner;
 
 /// Runs the command that the arguments ask for. An error is one line on stderr, with its causes; status 2 is bad usage,
 /// 1 all else.
@@ -111,8 +113,16 @@ fn resolve(netns: Netns) -> anyhow::Result<NetnsSelection> {
 fn select(netns: Netns) -> anyhow::Result<NetnsSelection> {
     let selection = resolve(netns)?;
     match netns {
-        Netns::All => drop(netns::all()?),
-        Netns::Inode(inode) => drop(netns::find(inode)?),
+        Netns::All => {
+            netns::all(&FxHashSet::default())?;
+            if !owner::in_initial_pid_namespace() {
+                tracing::warn!(
+                    "not in the initial pid namespace: network namespaces of processes outside can't be found, and \
+                     what is in them is known from events only; `--pid=host`, or its like, lets them be found"
+                );
+            }
+        }
+        Netns::Inode(inode) => netns::check(inode)?,
         Netns::Own => {}
     }
     Ok(selection)

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use rustc_hash::{FxHashMap, FxHashSet};
 use rustix::time::{ClockId, clock_gettime};
 use tcpstate_common::SetState;
 use tcpstate_common::event::{FLAG_SOCKET_READ, FLAG_TASK};
@@ -23,10 +24,10 @@ use crate::kernel::netns::NetnsError;
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
-use crate::model::{Loss, LossReason, NetnsSelection, TcpState};
-use crate::owner::{Containers, comm_of};
+use crate::model::{Comm, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
+use crate::owner::{Containers, comm_of, in_initial_pid_namespace, names};
 use crate::stats::Stats;
-use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table};
+use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -67,7 +68,12 @@ pub struct Tracer {
 enum Command {
     View(oneshot::Sender<Arc<View>>),
     Subscribe(Box<Stream>),
-    Dumped(Dump, Result<Snapshot, SnapshotError>),
+    /// With the names that owners have now, of a full dump.
+    Dumped(
+        Dump,
+        Result<Snapshot, SnapshotError>,
+        FxHashMap<ProcessId, Comm>,
+    ),
     Stop,
 }
 
@@ -195,7 +201,10 @@ struct State {
     dumped_ns: u64,
     next_full_ns: u64,
     reconcile_interval_ns: u64,
+    /// Pids are here what they are in records.
+    pids_are_ours: bool,
     unreachable: usize,
+    unlisted: Unlisted,
     /// Why the last dump that failed did; empty after one that did not.
     dump_failure: String,
     /// As the newest record had it, or the map.
@@ -242,7 +251,9 @@ impl State {
             next_full_ns: 0,
             reconcile_interval_ns: u64::try_from(options.reconcile_interval.as_nanos())
                 .unwrap_or(u64::MAX),
+            pids_are_ours: in_initial_pid_namespace(),
             unreachable: 0,
+            unlisted: Unlisted::default(),
             dump_failure: String::new(),
             lost: 0,
             recursion_misses: 0,
@@ -296,7 +307,7 @@ impl State {
         match command {
             Command::Subscribe(stream) => self.streams.add(*stream),
             Command::View(reply) => self.scrape(reply, session),
-            Command::Dumped(dump, result) => self.dumped(dump, result, session),
+            Command::Dumped(dump, result, names) => self.dumped(dump, result, &names, session),
             Command::Stop => {}
         }
     }
@@ -338,7 +349,11 @@ impl State {
         }
         self.health.events_received += 1;
         self.newest_ns = self.newest_ns.max(event.time_ns);
-        if event.has(FLAG_TASK) && !event.has(FLAG_SOCKET_READ) && event.comm[0] == 0 {
+        if self.pids_are_ours
+            && event.has(FLAG_TASK)
+            && !event.has(FLAG_SOCKET_READ)
+            && event.comm[0] == 0
+        {
             event.comm = comm_of(event.tgid);
         }
         let container = if event.has(FLAG_TASK) {
@@ -432,6 +447,16 @@ impl State {
             self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
         }
         let (netns, first) = (self.netns, !self.is_ready());
+        let leads = if netns == NetnsSelection::All && self.pids_are_ours {
+            self.table.owners_by_netns()
+        } else {
+            FxHashSet::default()
+        };
+        let owners = if dump == Dump::Full && self.pids_are_ours {
+            self.table.owners()
+        } else {
+            FxHashSet::default()
+        };
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -439,9 +464,9 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let result = snapshot::take(netns, dump.states());
+                let result = snapshot::take(netns, dump.states(), leads);
                 // The tracer may have ended meanwhile.
-                let _ = commands.send(Command::Dumped(dump, result));
+                let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
             });
         match begun {
             Ok(_) => {
@@ -456,6 +481,7 @@ impl State {
         &mut self,
         dump: Dump,
         result: Result<Snapshot, SnapshotError>,
+        names: &FxHashMap<ProcessId, Comm>,
         session: &mut Session,
     ) {
         self.dump = None;
@@ -479,8 +505,9 @@ impl State {
         };
         self.drain_to(session, snapshot.finished_ns);
         self.check_losses(session);
-        let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        let doubtful = self.table.reconcile(&snapshot, tell);
+        let mut tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+        let doubtful = self.table.reconcile(&snapshot, &mut tell);
+        self.table.rename(names, snapshot.finished_ns, tell);
         if doubtful {
             // What two dumps lack is gone: the second should not be long.
             self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
@@ -497,21 +524,35 @@ impl State {
                 .saturating_add_signed(self.boot_to_unix_ns),
         );
         if snapshot.unreachable.len() > self.unreachable {
-            for unreachable in &snapshot.unreachable {
-                let netns = unreachable
-                    .netns
-                    .map_or("?".to_owned(), |inode| inode.to_string());
-                tracing::warn!(
-                    "sockets of network namespace {netns} can't be listed: {}",
-                    unreachable.reason
-                );
+            for Unreachable { netns, reason } in &snapshot.unreachable {
+                match netns {
+                    Some(inode) => tracing::warn!(
+                        "sockets of network namespace {inode} can't be listed: {reason}"
+                    ),
+                    None => tracing::warn!(
+                        "network namespaces may be missed, for some could not be read: {reason}"
+                    ),
+                }
             }
         }
         self.unreachable = snapshot.unreachable.len();
         if dump == Dump::Full {
             self.ready.store(true, Ordering::Release);
+            self.tell_unlisted();
         }
         self.answer(session);
+    }
+
+    /// Says which namespaces have come to be known from events alone.
+    fn tell_unlisted(&mut self) {
+        let news = self.unlisted.news(self.table.unlisted());
+        if !news.is_empty() {
+            tracing::warn!(
+                "{} network namespaces can't be found, and what is in them is known from events only: {}",
+                news.len(),
+                shortened(&news)
+            );
+        }
     }
 
     fn dump_failed(&mut self, reason: &str, now_ns: u64) {
@@ -561,6 +602,38 @@ impl State {
             counted,
         }
     }
+}
+
+/// Network namespaces that sockets are in and no dump finds.
+#[derive(Default)]
+struct Unlisted {
+    /// At the last full dump, and whether they have been told. One that came to be during that dump is in none yet.
+    before: FxHashMap<u32, bool>,
+}
+
+impl Unlisted {
+    /// Those that were in `now` the last time too and have not been told, by inode.
+    fn news(&mut self, now: FxHashSet<u32>) -> Vec<u32> {
+        let before = std::mem::take(&mut self.before);
+        let mut news = Vec::new();
+        for inode in now {
+            let told = before.get(&inode).copied();
+            if told == Some(false) {
+                news.push(inode);
+            }
+            self.before.insert(inode, told.is_some());
+        }
+        news.sort_unstable();
+        news
+    }
+}
+
+/// The first few of them.
+fn shortened(inodes: &[u32]) -> String {
+    const FEW: usize = 8;
+    let shown: Vec<String> = inodes.iter().take(FEW).map(u32::to_string).collect();
+    let more = if inodes.len() > FEW { ", …" } else { "" };
+    shown.join(", ") + more
 }
 
 /// Where the table's changes go.
@@ -630,4 +703,27 @@ fn boot_to_unix_ns() -> i64 {
 fn nanoseconds(clock: ClockId) -> i64 {
     let time = clock_gettime(clock);
     time.tv_sec * 1_000_000_000 + time.tv_nsec
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Unlisted;
+
+    #[test]
+    fn a_namespace_that_two_dumps_do_not_find_is_told_once() {
+        let mut unlisted = Unlisted::default();
+        let steps: [(&[u32], &[u32]); 7] = [
+            (&[7, 8], &[]),
+            (&[9, 7, 8], &[7, 8]),
+            (&[9, 7], &[9]),
+            (&[9, 7], &[]),
+            // It was found, and then its inode is another's.
+            (&[], &[]),
+            (&[7], &[]),
+            (&[7], &[7]),
+        ];
+        for (now, news) in steps {
+            assert_eq!(unlisted.news(now.iter().copied().collect()), news);
+        }
+    }
 }

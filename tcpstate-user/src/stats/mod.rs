@@ -5,7 +5,6 @@
 mod counters;
 mod dwell;
 mod gauges;
-mod idle;
 mod names;
 #[cfg(test)]
 mod tests;
@@ -80,7 +79,7 @@ impl Stats {
 
     /// What has been counted, with what the table knows of itself.
     ///
-    /// `now_ns`: `CLOCK_BOOTTIME`. Names that lost their right to a place by then have lost it afterwards.
+    /// `now_ns`: `CLOCK_BOOTTIME`. Names that lost their right to a place by then have lost it.
     pub fn counted(
         &mut self,
         now_ns: u64,

@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::{SetState, TcpState};
 
-use crate::model::{ConnectionId, Endpoint, Named, named};
+use crate::model::{Comm, ConnectionId, Endpoint, Evidence, Named, ProcessId, named};
 use listeners::Listeners;
 pub use reconcile::STORE_NS;
 pub use snapshot::{Record, Snapshot, StateMask, Unreachable};
@@ -159,7 +159,7 @@ pub struct Table {
     generations: Generations,
     /// Where events have no cookie: sockets that a dump found and no event has shown.
     adopted: FxHashMap<Tuple, u64>,
-    /// Namespaces that a dump has covered: one that is not found any more is gone.
+    /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
     /// While a dump is under way: what closed since it began.
     closed: Option<FxHashMap<DumpKey, u64>>,
@@ -227,6 +227,66 @@ impl Table {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Network namespaces with the pids of who owns a full socket there.
+    #[must_use]
+    pub fn owners_by_netns(&self) -> FxHashSet<(u32, u32)> {
+        let sockets = self.full.values().map(|full| &full.socket);
+        sockets
+            .filter_map(|socket| Some((socket.netns?, socket.owner?.process.pid)))
+            .collect()
+    }
+
+    /// Who owns a socket.
+    #[must_use]
+    pub fn owners(&self) -> FxHashSet<ProcessId> {
+        let full = self.full.values().map(|full| &full.socket);
+        let sockets = full.chain(self.mini.values().map(|mini| &mini.socket));
+        sockets
+            .filter_map(|socket| socket.owner?.process.id())
+            .collect()
+    }
+
+    /// Gives owners the names that they have now, at `time_ns`.
+    pub fn rename(
+        &mut self,
+        names: &FxHashMap<ProcessId, Comm>,
+        time_ns: u64,
+        mut sink: impl FnMut(&Change<'_>),
+    ) {
+        let full = self.full.values_mut().map(|full| &mut full.socket);
+        for socket in full.chain(self.mini.values_mut().map(|mini| &mut mini.socket)) {
+            let before = Place::of(socket);
+            let Some(owner) = &mut socket.owner else {
+                continue;
+            };
+            let now = owner.process.id().and_then(|id| names.get(&id));
+            if now.is_none() || now == owner.process.comm.as_ref() {
+                continue;
+            }
+            owner.process.comm = now.copied();
+            sink(&Change {
+                time_ns,
+                socket,
+                kernel: None,
+                shown: None,
+                dwell: Dwell::None,
+                evidence: Evidence::Snapshot,
+                end: None,
+                before: Some(before),
+                after: Some(Place::of(socket)),
+            });
+        }
+    }
+
+    /// Network namespaces that full sockets are in and that no dump has covered.
+    #[must_use]
+    pub fn unlisted(&self) -> FxHashSet<u32> {
+        let namespaces = self.full.values().filter_map(|full| full.socket.netns);
+        namespaces
+            .filter(|netns| !self.listed.contains(netns))
+            .collect()
     }
 
     /// By [`Correction`], in the order of its values.

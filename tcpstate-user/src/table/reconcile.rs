@@ -75,6 +75,12 @@ impl Table {
         }
         let doubtful = self.drop_full(snapshot, &seen_full, &mut sink);
         self.drop_mini(snapshot, &seen_mini, &mut sink);
+        if snapshot.whole_host {
+            // The inode of a namespace that is gone may be another's, which no dump lists, once nothing is left in it.
+            let sockets = self.full.values().map(|full| &full.socket);
+            let left: FxHashSet<u32> = sockets.filter_map(|socket| socket.netns).collect();
+            self.listed.retain(|netns| left.contains(netns));
+        }
         self.listed.extend(&snapshot.netns);
         self.corrections.begun = true;
         doubtful

@@ -1,9 +1,11 @@
 //! The daemon against the running kernel: what it counts, what it leaves behind, what it says when it can't work.
 
 use std::collections::BTreeMap;
+use std::ffi::CStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -21,7 +23,7 @@ use crate::tracer::product;
 
 pub const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// A daemon in the calling thread's network namespace, which sees only that.
+/// A daemon in the calling thread's network namespace.
 pub struct Daemon {
     child: Child,
     pub socket: PathBuf,
@@ -29,11 +31,12 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    fn start(arguments: &[&str]) -> Self {
-        Self::start_in("self", arguments)
+    /// Which sees only its own namespace.
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::tracing("self", arguments)
     }
 
-    pub fn start_in(netns: &str, arguments: &[&str]) -> Self {
+    pub fn tracing(netns: &str, arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let socket = folder.path().join("socket");
         let mut child = Command::new(product())
@@ -295,6 +298,52 @@ fn the_gauges_start_right_and_stay_so() {
             metrics.sum("tcpstate_process_sockets"),
             metrics.sum("tcpstate_sockets")
         );
+    });
+}
+
+/// A process that renames itself while it holds sockets.
+#[test]
+fn the_next_dump_finds_the_name_that_an_owner_has_now() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&["--reconcile-interval", "200ms"]);
+        let (wait, go) = sys::pipe().expect("a pipe");
+        let rename = |name: &CStr| {
+            // SAFETY: the kernel reads a name that lives through the call.
+            unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+        };
+        let _process = sys::Fork::new(&[wait.as_fd()], || {
+            rename(c"the old name");
+            let listener = Tcp::listening(LOOPBACK, 1);
+            let client = Tcp::connected(listener.local());
+            let server = listener.accept();
+            // One end comes to be in CLOSE_WAIT, the other in FIN_WAIT2.
+            client.shutdown(rustix::net::Shutdown::Write);
+            server.peek();
+            let _ = rustix::io::read(&wait, &mut [0]);
+            rename(c"the new name");
+            loop {
+                // SAFETY: waits for a signal.
+                unsafe { libc::pause() };
+            }
+        });
+        let states = ["listen", "close_wait", "fin_wait2"];
+        let sockets = |comm: &str| {
+            let metrics = daemon.metrics();
+            states.map(|state| {
+                let labels = format!("{{comm=\"{comm}\",state=\"{state}\"}}");
+                let series = format!("tcpstate_process_sockets{labels}");
+                metrics.0.get(&series).copied()
+            })
+        };
+        let [all, none] = [[Some(1.0); 3], [Some(0.0); 3]];
+        until("they count by the old name", || {
+            sockets("the old name") == all
+        });
+        rustix::io::write(&go, b"!").expect("it waits");
+        until("they count by the new name", || {
+            sockets("the new name") == all
+        });
+        assert_eq!(sockets("the old name"), none);
     });
 }
 

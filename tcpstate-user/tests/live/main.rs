@@ -9,6 +9,7 @@ mod attach;
 mod daemon;
 mod judge;
 mod lab;
+mod netns;
 mod record;
 mod scenarios;
 mod six;

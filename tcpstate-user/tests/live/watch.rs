@@ -61,9 +61,9 @@ fn who_may_not_trace_is_told_all_that_is_missing() {
         for command in [&["watch", "--direct"][..], &["daemon"]] {
             assert_eq!(
                 nobody(command),
-                "no right to trace all network namespaces: CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN missing; run as \
-                 root, or give the program these capabilities; `--netns self`, which is only this one, takes no \
-                 CAP_SYS_ADMIN"
+                "no right to trace all network namespaces: CAP_BPF, CAP_PERFMON, CAP_SYS_ADMIN and \
+                 CAP_SYS_PTRACE missing; run as root, or give the program these capabilities; `--netns self`, which \
+                 is only this one, takes neither CAP_SYS_ADMIN nor CAP_SYS_PTRACE"
             );
         }
         let said = nobody(&["watch", "--direct", "--netns", "1"]);
@@ -254,7 +254,7 @@ fn a_closed_pipe_ends_it_quietly() {
 fn what_a_slow_reader_misses_at_the_end_is_told() {
     in_namespace(|_| slow_reader(&["--direct"]));
     in_namespace(|_| {
-        let daemon = Daemon::start_in("self", &[]);
+        let daemon = Daemon::start(&[]);
         slow_reader(&["--socket", daemon.socket.to_str().expect("text")]);
     });
 }
@@ -303,7 +303,7 @@ fn the_daemon_counts_however_it_is_attached() {
             }
             // The classic tracepoint sees every namespace: then others' sockets are counted too.
             let netns = if classic { "all" } else { "self" };
-            let daemon = Daemon::start_in(netns, &["--attach", path]);
+            let daemon = Daemon::tracing(netns, &["--attach", path]);
             let before = daemon.metrics();
             let listener = Tcp::listening(LOOPBACK, 8);
             let client = Tcp::connected(listener.local());

@@ -5,6 +5,7 @@
 
 mod landing;
 mod lines;
+mod places;
 mod serve;
 mod unix;
 

@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
 
+use super::serve::BACKLOG;
+
 /// Where the daemon serves, and its clients look, unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/tcpstate/tcpstate.sock";
 
@@ -17,7 +19,6 @@ pub const DEFAULT_SOCKET: &str = "/run/tcpstate/tcpstate.sock";
 const GROUP: &str = "tcpstate";
 const MODE: Mode = Mode::from_raw_mode(0o660);
 const DIR_MODE: u32 = 0o755;
-const BACKLOG: i32 = 128;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -90,7 +91,7 @@ impl UnixSocket {
         // Who may connect is settled before anyone can: nobody is accepted before listen.
         give_to_group(path);
         rustix::fs::chmod(path, MODE).map_err(|errno| failed(errno.into()))?;
-        rustix::net::listen(&socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
+        rustix::net::listen(&socket, BACKLOG as i32).map_err(|errno| failed(errno.into()))?;
         let listener = UnixListener::from_std(socket.into()).map_err(failed)?;
         Ok(Self { listener, file })
     }

@@ -13,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use rustc_hash::FxHashSet;
 use rustix::net::AddressFamily;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -187,7 +188,12 @@ fn oracle_end(text: &str) -> (IpAddr, u16) {
 fn agreed(inode: u32) -> Vec<Record> {
     let end = Instant::now() + Duration::from_secs(5);
     loop {
-        let snapshot = take(NetnsSelection::One(inode), StateMask::ALL).expect("a snapshot");
+        let snapshot = take(
+            NetnsSelection::One(inode),
+            StateMask::ALL,
+            FxHashSet::default(),
+        )
+        .expect("a snapshot");
         assert_eq!(snapshot.netns, [inode]);
         assert_eq!(snapshot.unreachable, []);
         let dumped: BTreeSet<Line> = snapshot.records.iter().map(line).collect();
@@ -310,7 +316,7 @@ fn a_half_open_request_is_not_a_full_syn_recv_socket() {
         // Asked for alone, each of the two kinds comes alone.
         let only = |state| {
             let mask = StateMask::of(&[state]);
-            take(NetnsSelection::One(inode), mask)
+            take(NetnsSelection::One(inode), mask, FxHashSet::default())
                 .expect("a snapshot")
                 .records
         };
@@ -325,7 +331,8 @@ fn a_mask_chooses_the_states() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let pair = accepted(&listener);
         let mask = StateMask::of(&[TcpState::LISTEN]);
-        let snapshot = take(NetnsSelection::One(inode), mask).expect("a snapshot");
+        let snapshot =
+            take(NetnsSelection::One(inode), mask, FxHashSet::default()).expect("a snapshot");
         assert_eq!(snapshot.states, mask);
         assert_eq!(
             states(&snapshot.records),
@@ -355,7 +362,8 @@ fn all_namespaces_are_entered_and_the_caller_stays_where_it_is() {
     let port = listener.local_addr().expect("bound").port();
 
     let home = netns::own().expect("/proc");
-    let snapshot = take(NetnsSelection::All, StateMask::ALL).expect("a snapshot");
+    let snapshot =
+        take(NetnsSelection::All, StateMask::ALL, FxHashSet::default()).expect("a snapshot");
     assert_eq!(netns::own().expect("/proc"), home);
     assert_ne!(home, inode);
     assert!(snapshot.netns.contains(&home) && snapshot.netns.contains(&inode));
@@ -388,9 +396,13 @@ fn a_namespace_that_may_not_be_entered_is_an_error_that_names_the_capability() {
     let message = thread::spawn(move || {
         let capability = caps::Capability::CAP_SYS_ADMIN;
         caps::drop(None, caps::CapSet::Effective, capability).expect("dropping is allowed");
-        take(NetnsSelection::One(inode), StateMask::ALL)
-            .expect_err("may not enter")
-            .to_string()
+        take(
+            NetnsSelection::One(inode),
+            StateMask::ALL,
+            FxHashSet::default(),
+        )
+        .expect_err("may not enter")
+        .to_string()
     });
     assert_eq!(
         message.join().expect("no panic"),
