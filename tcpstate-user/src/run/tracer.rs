@@ -348,7 +348,10 @@ impl State {
             None
         };
         let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        self.table.apply(&event, container.as_ref(), tell);
+        let applied = self.table.apply(&event, container.as_ref(), tell);
+        if applied.is_err() {
+            self.lose(LossReason::Decode, 1, event.time_ns);
+        }
     }
 
     fn lose(&mut self, reason: LossReason, count: u64, time_ns: u64) {
