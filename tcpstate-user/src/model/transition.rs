@@ -116,7 +116,7 @@ impl fmt::Display for ConnectionId {
 }
 
 /// An end of a connection; what is unknown, or has no meaning (a listener's remote end), is `None`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Endpoint {
     pub addr: Option<IpAddr>,
     pub port: Option<u16>,

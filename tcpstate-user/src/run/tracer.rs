@@ -363,7 +363,10 @@ impl State {
             None
         };
         let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        self.table.apply(&event, container.as_ref(), tell);
+        let applied = self.table.apply(&event, container.as_ref(), tell);
+        if applied.is_err() {
+            self.lose(LossReason::Decode, 1, event.time_ns);
+        }
     }
 
     fn lose(&mut self, reason: LossReason, count: u64, time_ns: u64) {
@@ -507,7 +510,7 @@ impl State {
         self.check_losses(session);
         let mut tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
         let doubtful = self.table.reconcile(&snapshot, &mut tell);
-        self.table.rename(names, snapshot.finished_ns, tell);
+        self.table.rename_owners(names, snapshot.finished_ns, tell);
         if doubtful {
             // What two dumps lack is gone: the second should not be long.
             self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);

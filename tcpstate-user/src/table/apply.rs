@@ -19,25 +19,41 @@ use crate::model::{
 /// `TCP_TIMEWAIT_LEN`, include/net/tcp.h: the same in every kernel.
 pub(super) const TIME_WAIT_NS: u64 = 60_000_000_000;
 
+/// The event has no cookie where each should have one: it can't be told which socket's it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoCookie;
+
 impl Table {
     /// Takes one event, in the order of the ring, and tells what changed.
     ///
     /// `container`: that of the event's process, where it has one.
+    ///
+    /// # Errors
+    /// [`NoCookie`]; nothing is taken.
     pub fn apply(
         &mut self,
         event: &SetState,
         container: Option<&Arc<str>>,
         mut sink: impl FnMut(&Change<'_>),
-    ) {
+    ) -> Result<(), NoCookie> {
+        if self.identity == Identity::Cookie && event.cookie == 0 {
+            return Err(NoCookie);
+        }
         self.newest_ns = self.newest_ns.max(event.time_ns);
         let (from, to) = (event.from(), event.to());
+        let waiting = self.children.remove(&event.sk);
         if from == TcpState::LISTEN && to == TcpState::SYN_RECV {
-            if let Some(first) = self.children.insert(event.sk, *event) {
+            if let Some(first) = waiting {
                 self.lone_child(&first, &mut sink);
             }
-            return;
+            if event.remote_port == 0 {
+                self.children.insert(event.sk, *event);
+            } else {
+                self.child(event, event, &mut sink);
+            }
+            return Ok(());
         }
-        if let Some(first) = self.children.remove(&event.sk) {
+        if let Some(first) = waiting {
             if from == TcpState::SYN_RECV {
                 self.child(&first, event, &mut sink);
             } else {
@@ -45,6 +61,7 @@ impl Table {
             }
         }
         self.step(event, container, &mut sink);
+        Ok(())
     }
 
     /// Gives up waiting for the second event of accepted sockets whose first is older than `before_ns`: it
@@ -71,24 +88,17 @@ impl Table {
         sink(&child_change(first, &socket, None, None));
     }
 
-    /// An accepted socket, by its first and its second event.
+    /// An accepted socket, by its first event and the one that tells who it is.
     fn child(&mut self, first: &SetState, second: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
-        let Some(key) = self.event_key(second) else {
-            return self.lone_child(first, sink);
-        };
-        let cookie = self.cookie(second);
+        let cookie = cookie(second);
         let id = self.new_id(cookie);
         let mut socket = new_socket(second, id, cookie);
         socket.state = TcpState::SYN_RECV;
         socket.role = Some(Role::Passive);
         socket.owner = self.listener_owner(first, &socket);
         let before = self.take_request(&socket).as_ref().map(Place::of);
-        self.vacate(key, first.time_ns, sink);
-        self.reused(
-            (socket.netns, socket.local, socket.remote),
-            first.time_ns,
-            sink,
-        );
+        self.vacate(second, first.time_ns, sink);
+        self.reused(self.tuple(&socket), first.time_ns, sink);
         sink(&child_change(
             first,
             &socket,
@@ -99,33 +109,32 @@ impl Table {
             since_ns: first.time_ns,
             seen: true,
         };
-        self.full
-            .insert(key, Full::new(socket, stay, first.time_ns));
+        self.full.insert(
+            self.event_key(second),
+            Full::new(socket, stay, first.time_ns),
+        );
     }
 
+    /// The half-open request that became the child, and gave it its cookie.
     fn take_request(&mut self, child: &Socket) -> Option<Socket> {
-        let tuple = self.tuple(child);
-        let key = match self.identity {
-            Identity::Cookie => child.cookie?,
-            Identity::Address | Identity::AddressWithoutNetns => *self.adopted.get(&tuple)?,
+        let key = match child.cookie {
+            Some(cookie) => cookie,
+            None => *self.requests.get(&self.tuple(child))?,
         };
         let request = self.mini.get(&key)?;
         if request.socket.state != TcpState::NEW_SYN_RECV {
             return None;
         }
-        self.adopted.remove(&tuple);
         self.remove_mini(key).map(|request| request.socket)
     }
 
     fn listener_owner(&self, first: &SetState, child: &Socket) -> Option<Owner> {
-        let listening = |key: u64| {
-            let full = self.full.get(&key)?;
-            (full.socket.state == TcpState::LISTEN).then_some(full.socket.owner)
-        };
-        let owner = match listening(first.cookie) {
-            // Up to 6.12: the child's first event carries its listener's cookie.
-            Some(owner) if self.identity == Identity::Cookie => owner,
-            _ => self.listeners.owner(child, |key| listening(key)?),
+        // Up to 6.12: the child's first event carries its listener's cookie.
+        let listener = self.full.with_cookie(first.cookie);
+        let listener = listener.and_then(|key| self.full.get(key));
+        let owner = match listener {
+            Some(listener) if listener.socket.state == TcpState::LISTEN => listener.socket.owner,
+            _ => self.full.listener_owner(child),
         };
         owner.map(|owner| Owner {
             source: OwnerSource::Listener,
@@ -133,11 +142,10 @@ impl Table {
         })
     }
 
-    /// The key of the event's socket; `None` where the kernel gave no cookie though it should have.
-    fn event_key(&self, event: &SetState) -> Option<u64> {
+    const fn event_key(&self, event: &SetState) -> u64 {
         match self.identity {
-            Identity::Cookie => self.cookie(event),
-            Identity::Address | Identity::AddressWithoutNetns => Some(event.sk),
+            Identity::Cookie => event.cookie,
+            Identity::Address | Identity::AddressWithoutNetns => event.sk,
         }
     }
 
@@ -149,82 +157,78 @@ impl Table {
         sink: &mut impl FnMut(&Change<'_>),
     ) {
         let (from, to) = (event.from(), event.to());
-        let Some(key) = self.event_key(event) else {
-            return;
-        };
+        let key = self.event_key(event);
         let opening = from == TcpState::CLOSE;
         if opening {
-            self.vacate(key, event.time_ns, sink);
+            self.vacate(event, event.time_ns, sink);
         } else {
-            self.adopt(key, event);
+            self.adopt(event, sink);
         }
-        let new = !self.full.contains_key(&key);
+        let new = !self.full.contains(key);
         if new {
             self.take_in(key, event);
         }
-        let Some(full) = self.full.get_mut(&key) else {
+        let lost_until_ns = self.lost_until_ns;
+        let stepped = self.full.change(key, |full| {
+            let before = (!new).then(|| Place::of(&full.socket));
+            let fits = full.socket.state == from;
+            let dwell = if opening || from == to {
+                Dwell::None
+            } else if fits {
+                full.stay.dwell(event.time_ns, lost_until_ns)
+            } else {
+                Dwell::Unknown(Discard::Mismatch)
+            };
+            full.event_ns = event.time_ns;
+            full.missed = false;
+            update(&mut full.socket, event);
+            own(&mut full.socket, event, container);
+            if full.socket.cookie.is_some() {
+                full.guess = None;
+            }
+            if from != to && to != TcpState::CLOSE {
+                full.socket.state = to;
+                full.stay = Stay {
+                    since_ns: event.time_ns,
+                    seen: true,
+                };
+            }
+            let ends = (full.socket.netns, full.socket.local, full.socket.remote);
+            (before, dwell, ends)
+        });
+        let Some((before, dwell, ends)) = stepped else {
             return;
         };
-        let before = (!new).then(|| Place::of(&full.socket));
-        let dwell = if opening || from == to {
-            Dwell::None
-        } else if full.socket.state == from {
-            full.stay.dwell(event.time_ns, self.lost_until_ns)
-        } else {
+        if dwell == Dwell::Unknown(Discard::Mismatch) {
             self.corrections.count(Correction::Event);
-            Dwell::Unknown(Discard::Mismatch)
-        };
-        if full.socket.state == TcpState::LISTEN && from != to {
-            self.listeners.remove(key, &full.socket);
         }
-        full.event_ns = event.time_ns;
-        full.missed = false;
-        update(&mut full.socket, event);
-        own(&mut full.socket, event, container);
         if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
             // Its port is known now.
-            let Socket {
-                netns,
-                local,
-                remote,
-                ..
-            } = full.socket;
-            self.reused((netns, local, remote), event.time_ns, sink);
+            self.reused(ends, event.time_ns, sink);
         }
-        let Some(full) = self.full.get_mut(&key) else {
-            return;
-        };
-
         if to == TcpState::CLOSE && from != to {
-            if let Some(full) = self.full.remove(&key) {
+            if let Some(full) = self.full.remove(key) {
                 self.close(event, full, dwell, before, sink);
             }
             return;
         }
-        if from != to {
-            full.socket.state = to;
-            full.stay = Stay {
-                since_ns: event.time_ns,
-                seen: true,
-            };
-        }
-        let moved = (from != to).then_some((from, to));
+        let Some(full) = self.full.get(key) else {
+            return;
+        };
         sink(&Change {
             time_ns: event.time_ns,
             socket: &full.socket,
             kernel: Some((from, to)),
             // The same state twice: shutdown() and then close(), or a disconnect of what is closed.
-            shown: moved,
+            shown: (from != to).then_some((from, to)),
             dwell,
             evidence: Evidence::Tracepoint,
             end: None,
             before,
             after: (to != TcpState::CLOSE).then(|| Place::of(&full.socket)),
         });
-        if to == TcpState::LISTEN {
-            self.listeners.insert(key, &full.socket);
-        } else if to == TcpState::CLOSE {
-            self.full.remove(&key);
+        if to == TcpState::CLOSE {
+            self.full.remove(key);
         }
     }
 
@@ -269,18 +273,13 @@ impl Table {
             after: (!gone).then(|| Place::of(&socket)),
         });
         // Also where a minisocket takes its place: a dump may have read the full one.
-        let dump_key = self.dump_key(&socket);
-        if let (Some(closed), Some(key)) = (&mut self.closed, dump_key) {
-            closed.insert(key, event.time_ns);
+        let ends = self.tuple(&socket);
+        if let Some(closed) = &mut self.closed {
+            closed.insert(socket.cookie, ends, event.time_ns);
         }
         if gone {
             return;
         }
-        let key = match socket.cookie {
-            // A socket can be connected again while its timewait socket lives, and both have its cookie.
-            Some(cookie) if !self.mini.contains_key(&cookie) => cookie,
-            _ => self.own_key(),
-        };
         let mini = Mini {
             stay: if stays {
                 stay
@@ -295,12 +294,12 @@ impl Table {
             event_ns: event.time_ns,
             socket,
         };
-        self.insert_mini(key, mini);
+        self.insert_mini(mini);
     }
 
     /// A socket whose beginning was not seen, or that begins with this event.
     fn take_in(&mut self, key: u64, event: &SetState) {
-        let cookie = self.cookie(event);
+        let cookie = cookie(event);
         let mut socket = new_socket(event, self.new_id(cookie), cookie);
         socket.state = event.from();
         if socket.state != TcpState::CLOSE {
@@ -314,15 +313,26 @@ impl Table {
             .insert(key, Full::new(socket, stay, event.time_ns));
     }
 
-    /// Makes the key free for another socket: the end of one that has it was lost.
-    fn vacate(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
-        let Some(stale) = self.full.remove(&key) else {
+    /// Makes room for the event's socket: the end of what has its key, or its cookie, was lost.
+    fn vacate(&mut self, event: &SetState, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
+        self.end_was_lost(self.event_key(event), time_ns, sink);
+        if let Some(key) = self.holder(event.cookie) {
+            self.end_was_lost(key, time_ns, sink);
+        }
+    }
+
+    /// What has the cookie of an event's socket. Who only seemed to have it loses it.
+    fn holder(&mut self, cookie: u64) -> Option<u64> {
+        let key = self.full.with_cookie(cookie)?;
+        let guessed = self.full.change(key, |full| full.guess.take().is_some())?;
+        (!guessed).then_some(key)
+    }
+
+    fn end_was_lost(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
+        let Some(stale) = self.full.remove(key) else {
             return;
         };
         self.corrections.count(Correction::Event);
-        if stale.socket.state == TcpState::LISTEN {
-            self.listeners.remove(key, &stale.socket);
-        }
         self.generations.closed(stale.socket.id);
         sink(&Change {
             time_ns,
@@ -359,30 +369,95 @@ impl Table {
         });
     }
 
-    /// Where events have no cookie: a socket that a dump found gets its address from its first event.
-    fn adopt(&mut self, address: u64, event: &SetState) {
-        if self.adopted.is_empty() || self.full.contains_key(&address) {
-            return;
-        }
-        let (_, local, remote) = ends(event);
-        let Some(own) =
-            self.adopted
-                .remove(&((event.netns != 0).then_some(event.netns), local, remote))
-        else {
-            return;
-        };
-        if let Some(full) = self.full.remove(&own) {
-            if full.socket.state == TcpState::LISTEN {
-                self.listeners.remove(own, &full.socket);
-                self.listeners.insert(address, &full.socket);
-            }
-            self.full.insert(address, full);
+    /// Where the address is the key: what a dump found gets it from its first event.
+    fn adopt(&mut self, event: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
+        match self.identity {
+            Identity::Cookie => {}
+            // The dump that found it had the kernel make a cookie.
+            Identity::Address => self.adopt_by_cookie(event, sink),
+            Identity::AddressWithoutNetns => self.adopt_by_ends(event),
         }
     }
 
-    fn cookie(&self, event: &SetState) -> Option<u64> {
-        (self.identity == Identity::Cookie && event.cookie != 0).then_some(event.cookie)
+    fn adopt_by_cookie(&mut self, event: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
+        let Some(its) = cookie(event) else {
+            return;
+        };
+        let is_another = |cookie| cookie != its;
+        let known = self.full.get(event.sk);
+        if known.is_some_and(|known| known.socket.cookie.is_some_and(is_another)) {
+            self.end_was_lost(event.sk, event.time_ns, sink);
+        }
+        let holder = self.full.with_cookie(its);
+        let Some(holder) = holder.filter(|&holder| holder != event.sk) else {
+            return;
+        };
+        let guessed = self
+            .full
+            .get(holder)
+            .is_some_and(|full| full.guess.is_some());
+        match self.full.get(event.sk).map(|known| known.guess) {
+            // A dump showed two that are alike, and they were taken for each other.
+            Some(Some(guess)) => {
+                self.full.change(event.sk, |full| full.guess = None);
+                self.rename(holder, guess);
+            }
+            Some(None) if guessed => {
+                self.full.change(holder, |full| full.guess = None);
+            }
+            // A dump showed it, and did not meet its events.
+            Some(None) => self.end_was_lost(holder, event.time_ns, sink),
+            None if guessed => {
+                // The record was not the holder's; one of those that were found beside it is.
+                let beside = self.full.get(holder);
+                let beside = beside.and_then(|full| self.full.found(self.tuple(&full.socket)));
+                let beside = beside.and_then(|key| Some((key, self.full.get(key)?.cookie()?)));
+                if let Some((beside, _)) = beside {
+                    self.rekey(beside, event.sk);
+                    self.rename(event.sk, its);
+                }
+                let guess = beside.map(|(_, cookie)| cookie);
+                self.full.change(holder, |full| full.guess = guess);
+            }
+            None => self.rekey(holder, event.sk),
+        }
     }
+
+    /// It may be another that is alike.
+    fn adopt_by_ends(&mut self, event: &SetState) {
+        let (_, local, remote) = ends(event);
+        if let Some(found) = self.full.found((None, local, remote))
+            && !self.full.contains(event.sk)
+        {
+            self.rekey(found, event.sk);
+        }
+    }
+
+    fn rekey(&mut self, from: u64, to: u64) {
+        if let Some(full) = self.full.remove(from) {
+            self.full.insert(to, full);
+        }
+    }
+
+    /// It had the cookie of one that is alike.
+    fn rename(&mut self, key: u64, cookie: u64) {
+        self.full.change(key, |full| {
+            if full.guess.is_some() {
+                full.guess = Some(cookie);
+            } else {
+                full.socket.cookie = Some(cookie);
+                if full.socket.state == TcpState::SYN_SENT {
+                    // So was the port.
+                    full.socket.local.port = None;
+                }
+            }
+        });
+    }
+}
+
+/// Where each event should have one, that of the socket; else where the kernel has made one.
+fn cookie(event: &SetState) -> Option<u64> {
+    (event.cookie != 0).then_some(event.cookie)
 }
 
 /// What the gauges and streams are told of an accepted socket's first event.
@@ -434,6 +509,7 @@ fn update(socket: &mut Socket, event: &SetState) {
     let (from, to) = (event.from(), event.to());
     let (family, local, remote) = ends(event);
     socket.uid = uid(event);
+    socket.cookie = cookie(event).or(socket.cookie);
     match (from, to) {
         (TcpState::CLOSE, TcpState::SYN_SENT) => {
             socket.role = Some(Role::Active);
@@ -489,7 +565,9 @@ fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
     let local = addr(event.local_addr);
     let remote = addr(event.remote_addr);
     let v4 = event.family == AF_INET || remote.is_ipv4();
-    let listens = event.from() == TcpState::LISTEN || event.to() == TcpState::LISTEN;
+    let (from, to) = (event.from(), event.to());
+    // LISTEN→SYN_RECV is an accepted socket's.
+    let listens = (from == TcpState::LISTEN && to != TcpState::SYN_RECV) || to == TcpState::LISTEN;
     let endpoint = |addr: IpAddr, port: u16| Endpoint {
         addr: (listens || !addr.is_unspecified()).then_some(addr),
         port: (port != 0).then_some(port),

@@ -257,6 +257,57 @@ fn the_gauges_hold_under_churn() {
     });
 }
 
+/// Listeners that share a port, and connects that nobody answers: by their ends they can't be told from each other. Some
+/// were there before the daemon.
+pub fn sockets_that_are_alike(arguments: &'static [&'static str]) {
+    in_namespace(move |_| {
+        let shared = Tcp::sharing(SocketAddr::new(LOOPBACK, 0));
+        let full = Tcp::listening(LOOPBACK, 0);
+        let connected = Tcp::connected(full.local());
+        let connecting = || {
+            let socket = Tcp::new(LOOPBACK);
+            socket.begin_connect(full.local());
+            socket
+        };
+        let mut listeners = vec![shared];
+        let mut connects = vec![connecting()];
+        let every_second = ["--reconcile-interval", "1s"];
+        let daemon = Daemon::start(&[&every_second, arguments].concat());
+        for _ in 0..2 {
+            listeners.push(Tcp::sharing(listeners[0].local()));
+            connects.push(connecting());
+        }
+        let right = |listeners: usize, connects: usize| {
+            // The full one and the daemon's own listen too.
+            let expected = [listeners as f64 + 2.0, connects as f64, 2.0];
+            assert_eq!(["0A", "02", "01"].map(proc_count), expected);
+            let states = ["listen", "syn_sent", "established"];
+            until(&format!("the gauges are {expected:?}"), || {
+                let metrics = daemon.metrics();
+                states.map(|state| metrics.state(state)) == expected
+            });
+            // Two more dumps change nothing.
+            thread::sleep(Duration::from_millis(2500));
+            let metrics = daemon.metrics();
+            assert_eq!(states.map(|state| metrics.state(state)), expected);
+            assert_eq!(metrics.sum("tcpstate_corrections_total"), 0.0);
+        };
+        right(3, 3);
+        // Of each kind one that the daemon found, and one whose beginning it saw.
+        for _ in 0..2 {
+            drop(listeners.remove(0));
+            drop(connects.remove(0));
+            right(listeners.len(), connects.len());
+        }
+        drop(connected);
+    });
+}
+
+#[test]
+fn sockets_that_are_alike_are_counted_without_cookies() {
+    sockets_that_are_alike(&["--attach", "tp_btf_no_cookie"]);
+}
+
 /// The daemon starts after them: it must find them all, and follow them from there.
 #[test]
 fn the_gauges_start_right_and_stay_so() {

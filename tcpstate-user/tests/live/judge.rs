@@ -244,7 +244,8 @@ fn identity(
                 })
             })
         } else {
-            line["cookie"].is_null()
+            // It has one where something had the kernel make it.
+            (line["cookie"].is_null() || cookie.is_some_and(|cookie| cookie.parse::<u64>().is_ok()))
                 && id
                     .strip_prefix('~')
                     .is_some_and(|number| number.parse::<u64>().is_ok())
