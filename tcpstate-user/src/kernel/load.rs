@@ -25,8 +25,8 @@ use zerocopy::IntoBytes as _;
 use super::{
     btf::{self, Layout},
     capability::{self, Attempt, StartError},
-    holders,
     info::{self, Block, Counters, ProgInfo, RunStats},
+    optional,
     ring::{self, Drained, WAKE_SHARE, check_ring_size},
     tracepoint,
 };
@@ -114,6 +114,7 @@ pub struct Session {
     ebpf: Ebpf,
     accept: Result<(), String>,
     sweep: Result<(), String>,
+    time_wait: Result<(), String>,
     #[cfg(feature = "ebpf-log")]
     log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
@@ -193,8 +194,9 @@ impl Session {
         attach(&mut ebpf, path, btf.as_ref())
             .map_err(|error| failed("attach the program")(&error))?;
         let arguments = layout.accept_arguments;
-        let accept = holders::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
-        let sweep = holders::load_sweep(&mut ebpf, path, btf.as_ref());
+        let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
+        let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
+        let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
         drop(btf);
         let ring = take(&mut ebpf, "RING").map_err(|error| failed("map the ring")(&error))?;
         let opened = |error: MapError| failed("open the counters")(&error);
@@ -212,6 +214,7 @@ impl Session {
             ebpf,
             accept,
             sweep,
+            time_wait,
             #[cfg(feature = "ebpf-log")]
             log,
         })
@@ -237,6 +240,14 @@ impl Session {
         self.accept.as_ref().copied().map_err(String::as_str)
     }
 
+    /// Whether events tell of timewait sockets; else why not.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn time_wait(&self) -> Result<(), &str> {
+        self.time_wait.as_ref().copied().map_err(String::as_str)
+    }
+
     /// Whether [`begin_sweep`](Self::begin_sweep) can be had; else why not.
     ///
     /// # Errors
@@ -251,7 +262,7 @@ impl Session {
     /// # Errors
     /// The kernel's refusal.
     pub fn begin_sweep(&mut self) -> io::Result<File> {
-        holders::begin_sweep(&mut self.ebpf)
+        optional::begin_sweep(&mut self.ebpf)
     }
 
     /// Hands the waiting records to `sink`, at most `budget` of them.

@@ -14,5 +14,6 @@ mod scenarios;
 mod six;
 mod sockets;
 mod sys;
+mod timewait;
 mod tracer;
 mod vm;
