@@ -130,7 +130,7 @@ pub struct TimeWait {
     /// As in [`SetState::lost`].
     pub lost: u32,
     pub what: u8,
-    /// The kernel's number of its state: TIME_WAIT, or FIN_WAIT2 of an orphan.
+    /// The kernel's number of the state that it is in now: TIME_WAIT, FIN_WAIT2 of an orphan, or CLOSE at its end.
     pub state: u8,
     /// Up to the next multiple of 8.
     pub pad: [u8; 6],

@@ -31,20 +31,25 @@ pub fn time_wait_set_again(ctx: FEntryContext) {
     let again: u64 = ctx.arg(2);
     // A `bool` in a register: the rest of it may be anything.
     if again as u8 != 0 && tw.substate() == TcpState::TIME_WAIT.number() {
-        step(TIMEWAIT_SET_AGAIN, tw);
+        if let Some(netns) = tw.selected_netns() {
+            send(TIMEWAIT_SET_AGAIN, tw.cookie(), netns, tw.substate());
+        }
     }
 }
 
-/// `inet_twsk_free(tw)`: its time is over, its peer reset it, its ends are used again, or somebody ended it.
-#[fentry(function = "inet_twsk_free")]
+/// `tcp_twsk_destructor(sk)`, for a timewait socket that nothing refers to any more: its time is over, its peer reset it,
+/// its ends are used again, or somebody ended it. `inet_twsk_free`, which calls it, is inlined in some kernels (6.12).
+#[fentry(function = "tcp_twsk_destructor")]
 pub fn time_wait_ends(ctx: FEntryContext) {
-    step(TIMEWAIT_ENDS, TimeWaitSock::new(ctx.arg(0)));
-}
-
-#[inline(always)]
-fn step(what: u8, tw: TimeWaitSock) {
-    if let Some(netns) = tw.selected_netns() {
-        send(what, tw.cookie(), netns, tw.substate());
+    // By its type a full socket: what both kinds have in common (`sock_common`) is all that may be read of it.
+    let sk = Sock::new(ctx.arg(0));
+    if let Some(netns) = sk.selected_netns() {
+        send(
+            TIMEWAIT_ENDS,
+            sk.stored_cookie(),
+            netns,
+            TcpState::CLOSE.number(),
+        );
     }
 }
 

@@ -17,7 +17,7 @@ const SWEEP: &str = "sweep";
 const TIME_WAIT: [(&str, &str); 3] = [
     ("time_wait_begins", "tcp_time_wait"),
     ("time_wait_set_again", "__inet_twsk_schedule"),
-    ("time_wait_ends", "inet_twsk_free"),
+    ("time_wait_ends", "tcp_twsk_destructor"),
 ];
 
 /// `arguments`: how many the function has.

@@ -68,7 +68,7 @@ pub fn is_followed() {
             let most = orphaned.elapsed().as_secs_f64() * 1e3;
             let dwell = ms(&last["dwell_ns"]);
             assert!(
-                (299.0..=most).contains(&dwell),
+                (250.0..=most).contains(&dwell),
                 "{dwell} of at most {most} ms: {last}"
             );
         } else {
