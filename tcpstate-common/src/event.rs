@@ -1,4 +1,4 @@
-//! The record that the kernel side pushes into the ring for each transition, and its checked decoding.
+//! The records that the kernel side pushes into the ring, and their checked decoding; and that of a sweep.
 //!
 //! Integers and arrays only, no hidden bytes: `zerocopy`'s derives refuse to compile otherwise.
 
@@ -88,6 +88,121 @@ const _: () = assert!(offset_of!(SetState, comm) == 88);
 const _: () = assert!(offset_of!(SetState, local_port) == 104);
 const _: () = assert!(offset_of!(SetState, lost) == 112);
 
+/// A process took a connection from a listener: what `inet_csk_accept` gave it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Accept {
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    pub time_ns: u64,
+    /// Address of the accepted `struct sock`.
+    pub sk: u64,
+    /// Its cookie; 0 as in [`SetState::cookie`].
+    pub cookie: u64,
+    /// Of the process, as in [`SetState::start_ns`].
+    pub start_ns: u64,
+    pub cgroup_id: u64,
+    pub tgid: u32,
+    /// As in [`SetState::lost`].
+    pub lost: u32,
+    pub comm: [u8; COMM_LEN],
+}
+
+const _: () = assert!(size_of::<Accept>() == 64);
+const _: () = assert!(offset_of!(Accept, tgid) == 40);
+
+/// `what` of [`TimeWait`]: the kernel is about to put a timewait socket in the place of a full one.
+pub const TIMEWAIT_BEGINS: u8 = 0;
+/// Its timer was set again: so it is when an orphan's FIN_WAIT2 becomes TIME_WAIT.
+pub const TIMEWAIT_SET_AGAIN: u8 = 1;
+/// It is gone.
+pub const TIMEWAIT_ENDS: u8 = 2;
+
+/// A step in the life of a timewait socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct TimeWait {
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    pub time_ns: u64,
+    /// The cookie that it has from the full socket; never 0.
+    pub cookie: u64,
+    /// As in [`SetState::netns`].
+    pub netns: u32,
+    /// As in [`SetState::lost`].
+    pub lost: u32,
+    pub what: u8,
+    /// The kernel's number of the state that it is in now: TIME_WAIT, FIN_WAIT2 of an orphan, or CLOSE at its end.
+    pub state: u8,
+    /// Up to the next multiple of 8.
+    pub pad: [u8; 6],
+}
+
+const _: () = assert!(size_of::<TimeWait>() == 32);
+const _: () = assert!(offset_of!(TimeWait, what) == 24);
+
+/// A process that a sweep over all descriptors (`iter/task_file`) found holding a TCP socket. Not in the ring: the
+/// iterator's file gives one after the other.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct Holder {
+    /// The socket's cookie: never 0.
+    pub cookie: u64,
+    /// Start of the process, as in [`SetState::start_ns`].
+    pub start_ns: u64,
+    pub tgid: u32,
+    /// Inode of the socket's network namespace.
+    pub netns: u32,
+    pub comm: [u8; COMM_LEN],
+}
+
+const _: () = assert!(size_of::<Holder>() == 40);
+const _: () = assert!(offset_of!(Holder, comm) == 24);
+
+/// What a record of the ring can be. They have different lengths, which tell them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    SetState(SetState),
+    Accept(Accept),
+    TimeWait(TimeWait),
+}
+
+const _: () = assert!(
+    size_of::<SetState>() != size_of::<Accept>()
+        && size_of::<SetState>() != size_of::<TimeWait>()
+        && size_of::<Accept>() != size_of::<TimeWait>()
+);
+
+impl Event {
+    /// # Errors
+    /// [`BadRecord`] where the length is that of none. Any bytes of a right length are a record.
+    pub fn decode(bytes: &[u8]) -> Result<Self, BadRecord> {
+        let set_state = SetState::read_from_bytes(bytes).map(Self::SetState);
+        set_state
+            .or_else(|_| Accept::read_from_bytes(bytes).map(Self::Accept))
+            .or_else(|_| TimeWait::read_from_bytes(bytes).map(Self::TimeWait))
+            .map_err(|_| BadRecord { len: bytes.len() })
+    }
+
+    /// Losses up to it: [`SetState::lost`].
+    #[must_use]
+    pub const fn lost(&self) -> u32 {
+        match self {
+            Self::SetState(event) => event.lost,
+            Self::Accept(event) => event.lost,
+            Self::TimeWait(event) => event.lost,
+        }
+    }
+
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    #[must_use]
+    pub const fn time_ns(&self) -> u64 {
+        match self {
+            Self::SetState(event) => event.time_ns,
+            Self::Accept(event) => event.time_ns,
+            Self::TimeWait(event) => event.time_ns,
+        }
+    }
+}
+
 /// Why bytes from the ring are not a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadRecord {
@@ -99,9 +214,11 @@ impl fmt::Display for BadRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "record of {} bytes where {} were expected",
+            "record of {} bytes where {}, {} or {} were expected",
             self.len,
-            size_of::<SetState>()
+            size_of::<SetState>(),
+            size_of::<Accept>(),
+            size_of::<TimeWait>()
         )
     }
 }
@@ -109,12 +226,6 @@ impl fmt::Display for BadRecord {
 impl core::error::Error for BadRecord {}
 
 impl SetState {
-    /// # Errors
-    /// [`BadRecord`] where the length is not that of a record. Any bytes of the right length are one.
-    pub fn decode(bytes: &[u8]) -> Result<Self, BadRecord> {
-        Self::read_from_bytes(bytes).map_err(|_| BadRecord { len: bytes.len() })
-    }
-
     #[must_use]
     pub const fn from(&self) -> TcpState {
         TcpState::from_kernel(self.from)

@@ -4,7 +4,7 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use tcpstate_common::{
-    SetState,
+    Accept, SetState, TimeWait,
     counters::{SLOTS, transition_slot},
 };
 
@@ -13,12 +13,11 @@ use crate::maps::{COUNTERS, LOST, RING, switch};
 /// How often a transition of the same kind on the same CPU looks whether the reader is to be woken.
 const LOOK_EACH: u64 = 32;
 
-/// Counts the transition, and sends the record that `fill` makes of the loss count; where the ring is full, counts the
-/// loss.
+/// Counts the transition, and sends the record that `fill` makes of the loss count.
 #[inline(always)]
-pub fn emit(from: u32, to: u32, fill: impl FnOnce(u32) -> SetState) {
+pub fn transition(from: u32, to: u32, fill: impl FnOnce(u32) -> SetState) {
     // Element 0 of an array is always there; to ask is for the verifier.
-    let (Some(counters), Some(lost)) = (COUNTERS.get_ptr_mut(0), LOST.get_ptr_mut(0)) else {
+    let Some(counters) = COUNTERS.get_ptr_mut(0) else {
         return;
     };
     // SAFETY: the slot is below SLOTS, the number of u64 behind the pointer.
@@ -28,14 +27,35 @@ pub fn emit(from: u32, to: u32, fill: impl FnOnce(u32) -> SetState) {
             .add(bounded(transition_slot(from, to)))
     };
     add_one(slot);
-    let Some(mut entry) = RING.reserve::<SetState>(0) else {
+    // SAFETY: it lies in a map element, which lives as long as the program.
+    send(fill, || wake_up(unsafe { slot.read() }));
+}
+
+/// Sends the record that `fill` makes of the loss count. The reader's tick finds it.
+#[inline(always)]
+pub fn accept(fill: impl FnOnce(u32) -> Accept) {
+    send(fill, || u64::from(BPF_RB_NO_WAKEUP));
+}
+
+/// As [`accept`].
+#[inline(always)]
+pub fn time_wait(fill: impl FnOnce(u32) -> TimeWait) {
+    send(fill, || u64::from(BPF_RB_NO_WAKEUP));
+}
+
+/// Where the ring is full, counts the loss.
+#[inline(always)]
+fn send<T: 'static>(fill: impl FnOnce(u32) -> T, flag: impl FnOnce() -> u64) {
+    let Some(lost) = LOST.get_ptr_mut(0) else {
+        return;
+    };
+    let Some(mut entry) = RING.reserve::<T>(0) else {
         add_one(lost);
         return;
     };
-    // SAFETY: both lie in map elements, which live as long as the program.
-    let (count, lost) = unsafe { (slot.read(), lost.read()) };
-    entry.write(fill(lost as u32));
-    entry.submit(wake_up(count));
+    // SAFETY: it lies in a map element, which lives as long as the program.
+    entry.write(fill(unsafe { lost.read() } as u32));
+    entry.submit(flag());
 }
 
 /// Cuts the slot of a transition to its bound once more: the compiler knows the bound, by a check that the verifier

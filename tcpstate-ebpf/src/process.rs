@@ -106,6 +106,35 @@ impl ReadTask for Probe {
     }
 }
 
+/// Loads the field of that name in [`Offsets`](tcpstate_common::config::Offsets) from a task; none where that fails.
+macro_rules! load {
+    ($task:expr, $field:ident) => {{
+        let offset = offset!($field);
+        // SAFETY: the task lives while the program runs, and so does its group leader; the offset is the field's by the
+        // kernel's own BTF, and the type has the field's size.
+        unsafe { R::load($task, offset)? }
+    }};
+}
+
+/// Any process, as its thread-group leader shows it.
+pub struct Leader {
+    pub tgid: u32,
+    pub start_ns: u64,
+    pub comm: [u64; COMM_LEN / 8],
+}
+
+impl Leader {
+    #[inline(always)]
+    pub fn of<R: ReadTask>(task: *const u8) -> Option<Self> {
+        let leader: *const u8 = load!(task, task_group_leader);
+        Some(Self {
+            tgid: load!(task, task_tgid),
+            start_ns: load!(leader, task_start_boottime),
+            comm: load!(leader, task_comm),
+        })
+    }
+}
+
 impl Process {
     pub const NOBODY: Self = Self {
         tgid: 0,
@@ -117,25 +146,17 @@ impl Process {
     /// The current one; `None` for a kernel thread.
     #[inline(always)]
     pub fn current<R: ReadTask>() -> Option<Self> {
-        macro_rules! load {
-            ($task:expr, $field:ident) => {{
-                let offset = offset!($field);
-                // SAFETY: the current task lives while it runs us, and so does its group leader; the offset is the
-                // field's by the kernel's own BTF, and the type has the field's size.
-                unsafe { R::load($task, offset)? }
-            }};
-        }
         let task = R::current();
         let flags: u32 = load!(task, task_flags);
         if flags & PF_KTHREAD != 0 {
             return None;
         }
-        let leader: *const u8 = load!(task, task_group_leader);
+        let leader = Leader::of::<R>(task)?;
         Some(Self {
-            tgid: load!(task, task_tgid),
-            start_ns: load!(leader, task_start_boottime),
+            tgid: leader.tgid,
+            start_ns: leader.start_ns,
             cgroup_id: current_cgroup_id(),
-            comm: load!(leader, task_comm),
+            comm: leader.comm,
         })
     }
 

@@ -5,7 +5,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::{bpf_get_socket_cookie, bpf_ktime_get_boot_ns},
+    helpers::bpf_ktime_get_boot_ns,
     macros::{btf_tracepoint, tracepoint},
     programs::{BtfTracePointContext, TracePointContext},
 };
@@ -16,13 +16,10 @@ use tcpstate_common::{
 };
 
 use crate::{
-    emit::emit,
-    maps::switch,
+    emit::transition,
     process::{Direct, Probe, Process, ReadTask, by_call, by_call_on},
-    sock::Sock,
+    sock::{IPPROTO_TCP, Sock},
 };
-
-const IPPROTO_TCP: u16 = 6;
 
 /// A line for aya-log, in builds that are for debugging.
 macro_rules! log {
@@ -35,10 +32,7 @@ macro_rules! log {
 /// With BTF, 5.12+.
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn set_state(ctx: BtfTracePointContext) {
-    // SAFETY: the argument is a socket by its BTF type, which is all that the helper asks for.
-    typed::<Direct>(&ctx, |sk| unsafe {
-        bpf_get_socket_cookie(sk.as_ptr().cast_mut().cast())
-    });
+    typed::<Direct>(&ctx, Sock::cookie);
 }
 
 /// With BTF, below 5.12: tracing programs can't ask for the cookie there, only see whether someone else did.
@@ -59,17 +53,15 @@ fn typed<R: ReadTask>(ctx: &BtfTracePointContext, cookie: impl FnOnce(Sock) -> u
     // TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)
     let sk = Sock::new(ctx.arg(0));
     let (from, to): (u32, u32) = (ctx.arg(1), ctx.arg(2));
-    if sk.protocol() != IPPROTO_TCP {
+    if !sk.is_tcp() {
         return;
     }
-    let netns = sk.netns();
-    let only = switch!(netns);
-    if only != 0 && netns != only {
+    let Some(netns) = sk.selected_netns() else {
         return;
-    }
+    };
     log!(ctx, from, to);
 
-    emit(from, to, |lost| {
+    transition(from, to, |lost| {
         let [from, to] = [from as u8, to as u8];
         let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
         let (family, sk_err, shutdown, flags) = (sk.family(), sk.err(), sk.shutdown(), sk.flags());
@@ -135,7 +127,7 @@ fn classic(ctx: &TracePointContext) {
     let (from, to) = (field!(oldstate) as u32, field!(newstate) as u32);
     log!(ctx, from, to);
 
-    emit(from, to, |lost| {
+    transition(from, to, |lost| {
         let [from, to] = [from as u8, to as u8];
         let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
         let (task, process) = if by_call(old, new) {
@@ -176,7 +168,7 @@ fn classic(ctx: &TracePointContext) {
 
 /// `CLOCK_BOOTTIME`: goes on while the machine sleeps, and is what processes' start times are in. 5.8+
 #[inline(always)]
-fn now() -> u64 {
+pub fn now() -> u64 {
     // SAFETY: takes no arguments; in every program type that has the helper a call is sound.
     unsafe { bpf_ktime_get_boot_ns() }
 }

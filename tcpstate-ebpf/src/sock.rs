@@ -1,9 +1,11 @@
 //! The socket of a transition, read field by field; what the fields mean is the kernel's and the user side's.
 
-use aya_ebpf::helpers::bpf_skc_to_tcp_sock;
+use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_skc_to_tcp_sock};
 use tcpstate_common::event::AF_INET;
 
-use crate::maps::offset;
+use crate::maps::{offset, switch};
+
+pub const IPPROTO_TCP: u16 = 6;
 
 /// `enum sock_flags`: bit numbers in `sk_flags`.
 const SOCK_DEAD: u32 = 0;
@@ -43,14 +45,22 @@ impl Sock {
         Self(sk)
     }
 
+    /// That of a `struct socket *` known by its BTF type. Not null, but for a socket that is being made or released:
+    /// then loads from it give 0.
+    #[inline(always)]
+    pub fn of_socket(socket: *const u8) -> Self {
+        Self(load!(socket, socket_sk))
+    }
+
     #[inline(always)]
     pub const fn as_ptr(self) -> *const u8 {
         self.0
     }
 
     #[inline(always)]
-    pub fn protocol(self) -> u16 {
-        load!(self.0, sk_protocol)
+    pub fn is_tcp(self) -> bool {
+        let protocol: u16 = load!(self.0, sk_protocol);
+        protocol == IPPROTO_TCP
     }
 
     #[inline(always)]
@@ -58,11 +68,17 @@ impl Sock {
         load!(self.0, sk_family)
     }
 
-    /// Inode of the network namespace.
+    /// Inode of the network namespace; `None` where that one is not to be traced.
     #[inline(always)]
-    pub fn netns(self) -> u32 {
-        let net: *const u8 = load!(self.0, sk_net);
-        load!(net, net_inum)
+    pub fn selected_netns(self) -> Option<u32> {
+        selected_netns(load!(self.0, sk_net))
+    }
+
+    /// The cookie, which the kernel makes where there is none yet. 5.12+
+    #[inline(always)]
+    pub fn cookie(self) -> u64 {
+        // SAFETY: the argument is a socket by its BTF type, which is all that the helper asks for.
+        unsafe { bpf_get_socket_cookie(self.0.cast_mut().cast()) }
     }
 
     /// The cookie as it is stored: 0 until something asked the kernel for it.
@@ -144,6 +160,44 @@ impl TcpSock {
     pub fn linger2(self) -> i32 {
         load!(self.0, tcp_linger2)
     }
+}
+
+/// A `struct inet_timewait_sock *`, known to the verifier as that.
+#[derive(Clone, Copy)]
+pub struct TimeWaitSock(*const u8);
+
+impl TimeWaitSock {
+    /// `tw` is an argument of the traced function.
+    #[inline(always)]
+    pub const fn new(tw: *const u8) -> Self {
+        Self(tw)
+    }
+
+    /// As it is stored.
+    #[inline(always)]
+    pub fn cookie(self) -> u64 {
+        load!(self.0, tw_cookie)
+    }
+
+    /// TIME_WAIT, or FIN_WAIT2.
+    #[inline(always)]
+    pub fn substate(self) -> u8 {
+        load!(self.0, tw_substate)
+    }
+
+    /// As [`Sock::selected_netns`].
+    #[inline(always)]
+    pub fn selected_netns(self) -> Option<u32> {
+        selected_netns(load!(self.0, tw_net))
+    }
+}
+
+/// `net`: a `struct net *`, known to the verifier as that.
+#[inline(always)]
+fn selected_netns(net: *const u8) -> Option<u32> {
+    let netns = load!(net, net_inum);
+    let only = switch!(netns);
+    (only == 0 || netns == only).then_some(netns)
 }
 
 /// `sk_flags`.

@@ -1,4 +1,5 @@
-//! Where a struct's fields lie in the running kernel, from its BTF. No more of BTF than that.
+//! Where a struct's fields lie in the running kernel, and how many arguments a function has, from its BTF. No more of
+//! BTF than that.
 //!
 //! Rust has no CO-RE, and aya gives no member offsets. The bytes come from the kernel, but are not trusted: each read
 //! is within bounds or an error.
@@ -41,13 +42,25 @@ pub enum BtfError {
 
 use BtfError::Malformed;
 
-/// Reads the running kernel's BTF and finds what the eBPF programs need.
+/// What the eBPF programs need to know of the kernel that runs them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Layout {
+    pub offsets: Offsets,
+    /// Of `inet_csk_accept`; `None` where there is no such function to attach to.
+    pub accept_arguments: Option<usize>,
+}
+
+/// Reads the running kernel's BTF.
 ///
 /// # Errors
 /// Where there is no BTF, or it is not as expected.
-pub fn offsets() -> Result<Offsets, BtfError> {
+pub fn layout() -> Result<Layout, BtfError> {
     let bytes = fs::read(VMLINUX).map_err(BtfError::Read)?;
-    offsets_in(&Btf::parse(&bytes)?)
+    let btf = Btf::parse(&bytes)?;
+    Ok(Layout {
+        offsets: offsets_in(&btf)?,
+        accept_arguments: btf.arguments("inet_csk_accept")?,
+    })
 }
 
 fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
@@ -62,6 +75,8 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
         }
     };
     let (ipv6, namespaces) = (without("CONFIG_IPV6"), without("CONFIG_NET_NS"));
+    let timewait = btf.structure("inet_timewait_sock")?;
+    let socket = btf.structure("socket")?;
     Ok(Offsets {
         sk_family: sock.offset("__sk_common.skc_family", 2)?,
         sk_num: sock.offset("__sk_common.skc_num", 2)?,
@@ -89,6 +104,10 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
         task_group_leader: task.offset("group_leader", 8)?,
         task_comm: task.offset("comm", 16)?,
         task_start_boottime: task.offset("start_boottime", 8)?,
+        tw_cookie: timewait.offset("__tw_common.skc_cookie", 8)?,
+        tw_net: timewait.offset("__tw_common.skc_net.net", 8)?,
+        tw_substate: timewait.offset("tw_substate", 1)?,
+        socket_sk: socket.offset("sk", 8)?,
     })
 }
 
@@ -228,6 +247,23 @@ impl<'a> Btf<'a> {
             }
         }
         Err(BtfError::NoStruct(name.to_owned()))
+    }
+
+    /// How many arguments the function of that name has.
+    ///
+    /// # Errors
+    /// Where the BTF is malformed.
+    pub fn arguments(&self, name: &str) -> Result<Option<usize>, BtfError> {
+        for &at in &self.types {
+            let found = self.type_at(at as usize)?;
+            if found.kind() == kind::FUNC && self.string(found.name)? == name.as_bytes() {
+                let proto = self.type_by_id(found.size_or_type)?;
+                return Ok(proto
+                    .filter(|proto| proto.kind() == kind::FUNC_PROTO)
+                    .map(Type::vlen));
+            }
+        }
+        Ok(None)
     }
 
     fn type_at(&self, at: usize) -> Result<Type, BtfError> {

@@ -221,6 +221,15 @@ fn verifier_log(error: &(dyn Error + 'static)) -> Option<String> {
     })
 }
 
+/// Why the kernel did not take a program that it may lack: the errno, and the verifier's reason where it gave one.
+pub(super) fn in_short(error: &(dyn Error + 'static)) -> String {
+    match (errno_of(error), verifier_log(error)) {
+        (_, Some(log)) if !log.trim().is_empty() => last_words(&log),
+        (Some(errno), _) => io::Error::from_raw_os_error(errno).to_string(),
+        _ => chain(error),
+    }
+}
+
 /// The verifier's last line that is not statistics: the reason.
 fn last_words(log: &str) -> String {
     const STATISTICS: [&str; 4] = [

@@ -2,7 +2,9 @@
 
 use std::{
     error::Error,
-    fmt, io,
+    fmt,
+    fs::File,
+    io,
     os::fd::{AsFd as _, AsRawFd, RawFd},
     str::FromStr,
 };
@@ -13,17 +15,18 @@ use aya::{
     programs::{BtfTracePoint, ProgramError, TracePoint},
 };
 use tcpstate_common::{
-    SetState,
-    config::{OFFSETS, Offsets, SWITCHES, Switches},
+    Event,
+    config::{OFFSETS, SWITCHES, Switches},
     counters::LOST,
     event::BadRecord,
 };
 use zerocopy::IntoBytes as _;
 
 use super::{
-    btf,
+    btf::{self, Layout},
     capability::{self, Attempt, StartError},
     info::{self, Block, Counters, ProgInfo, RunStats},
+    optional,
     ring::{self, Drained, RingSize, WAKE_SHARE},
     tracepoint,
 };
@@ -106,8 +109,11 @@ pub struct Session {
     ring: RingBuf<MapData>,
     transitions: PerCpuArray<MapData, Block>,
     lost: Array<MapData, u64>,
-    /// The program and its link.
+    /// The programs and their links.
     ebpf: Ebpf,
+    accept: Result<(), String>,
+    sweep: Result<(), String>,
+    time_wait: Result<(), String>,
     #[cfg(feature = "ebpf-log")]
     log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
@@ -144,14 +150,14 @@ impl Session {
             Netns::Inode(inode) => inode,
         };
         // Our own reading of BTF is over, and its memory free, before aya begins with its.
-        let offsets = match path {
+        let layout = match path {
             Path::TpBtf | Path::TpBtfNoCookie if !capability::has_btf() => {
                 return Err(StartError::NoBtf { path });
             }
-            Path::TpBtf | Path::TpBtfNoCookie => btf::offsets()?,
+            Path::TpBtf | Path::TpBtfNoCookie => btf::layout()?,
             Path::Tracepoint => {
                 tracepoint::check()?;
-                Offsets::default()
+                Layout::default()
             }
         };
         let switches = Switches {
@@ -170,12 +176,26 @@ impl Session {
             }
         };
         let mut ebpf = EbpfLoader::new()
-            .override_global(OFFSETS, offsets.as_bytes(), true)
+            .override_global(OFFSETS, layout.offsets.as_bytes(), true)
             .override_global(SWITCHES, switches.as_bytes(), true)
             .map_max_entries("RING", ring_size)
             .load(OBJECT)
             .map_err(|error| failed("create the maps")(&error))?;
-        attach(&mut ebpf, path).map_err(|error| failed("attach the program")(&error))?;
+        let btf = match path {
+            Path::TpBtf | Path::TpBtfNoCookie => Some(
+                Btf::from_sys_fs()
+                    .map_err(EbpfError::from)
+                    .map_err(|error| failed("read the kernel's BTF")(&error))?,
+            ),
+            Path::Tracepoint => None,
+        };
+        attach(&mut ebpf, path, btf.as_ref())
+            .map_err(|error| failed("attach the program")(&error))?;
+        let arguments = layout.accept_arguments;
+        let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
+        let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
+        let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
+        drop(btf);
         let ring = take(&mut ebpf, "RING").map_err(|error| failed("map the ring")(&error))?;
         let opened = |error: MapError| failed("open the counters")(&error);
         let transitions = take(&mut ebpf, "COUNTERS").map_err(opened)?;
@@ -190,6 +210,9 @@ impl Session {
             transitions,
             lost,
             ebpf,
+            accept,
+            sweep,
+            time_wait,
             #[cfg(feature = "ebpf-log")]
             log,
         })
@@ -207,12 +230,41 @@ impl Session {
         matches!(self.path, Path::TpBtf)
     }
 
+    /// Whether events tell who accepted a connection; else why not.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn accept(&self) -> Result<(), &str> {
+        self.accept.as_ref().copied().map_err(String::as_str)
+    }
+
+    /// Whether events tell of timewait sockets; else why not.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn time_wait(&self) -> Result<(), &str> {
+        self.time_wait.as_ref().copied().map_err(String::as_str)
+    }
+
+    /// Whether [`begin_sweep`](Self::begin_sweep) can be had; else why not.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn sweep(&self) -> Result<(), &str> {
+        self.sweep.as_ref().copied().map_err(String::as_str)
+    }
+
+    /// A file of [`Holder`](tcpstate_common::Holder)s: every process that has a descriptor of a TCP socket in the
+    /// selected namespaces, as often as it has one. Reading it is the work, and may be done by another thread.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn begin_sweep(&mut self) -> io::Result<File> {
+        optional::begin_sweep(&mut self.ebpf)
+    }
+
     /// Hands the waiting records to `sink`, at most `budget` of them.
-    pub fn drain(
-        &mut self,
-        sink: impl FnMut(Result<SetState, BadRecord>),
-        budget: usize,
-    ) -> Drained {
+    pub fn drain(&mut self, sink: impl FnMut(Result<Event, BadRecord>), budget: usize) -> Drained {
         #[cfg(feature = "ebpf-log")]
         self.log.flush();
         ring::drain(&mut self.ring, sink, budget)
@@ -277,17 +329,18 @@ impl AsRawFd for Session {
     }
 }
 
-fn attach(ebpf: &mut Ebpf, path: Path) -> Result<(), EbpfError> {
+/// `btf`: the kernel's; none for the classic tracepoint.
+fn attach(ebpf: &mut Ebpf, path: Path, btf: Option<&Btf>) -> Result<(), EbpfError> {
     let program = ebpf
         .program_mut(path.program())
         .ok_or(ProgramError::UnexpectedProgramType)?;
-    match path {
-        Path::TpBtf | Path::TpBtfNoCookie => {
+    match btf {
+        Some(btf) => {
             let program: &mut BtfTracePoint = program.try_into()?;
-            program.load(tracepoint::NAME, &Btf::from_sys_fs()?)?;
+            program.load(tracepoint::NAME, btf)?;
             program.attach()?;
         }
-        Path::Tracepoint => {
+        None => {
             let program: &mut TracePoint = program.try_into()?;
             program.load()?;
             program.attach(tracepoint::CATEGORY, tracepoint::NAME)?;

@@ -5,7 +5,7 @@
 use std::fmt;
 
 use aya::maps::{MapData, RingBuf};
-use tcpstate_common::{SetState, event::BadRecord};
+use tcpstate_common::{Event, event::BadRecord};
 
 /// The kernel wakes the reader where this part of the ring is full.
 pub const WAKE_SHARE: u32 = 4;
@@ -84,14 +84,14 @@ pub enum Drained {
 
 pub(super) fn drain(
     ring: &mut RingBuf<MapData>,
-    mut sink: impl FnMut(Result<SetState, BadRecord>),
+    mut sink: impl FnMut(Result<Event, BadRecord>),
     budget: usize,
 ) -> Drained {
     for _ in 0..budget {
         let Some(record) = ring.next() else {
             return Drained::Empty;
         };
-        sink(SetState::decode(&record));
+        sink(Event::decode(&record));
     }
     Drained::Budget
 }

@@ -16,6 +16,8 @@ named! {
     pub enum Evidence ("evidence") {
         /// The kernel's tracepoint said so.
         Tracepoint = "tracepoint",
+        /// A program on one of the kernel's functions saw it.
+        Fentry = "fentry",
         /// Told from the socket's fields at its →CLOSE; a snapshot settles it.
         Inferred = "inferred",
         /// A dump of the kernel's sockets showed it.
@@ -45,6 +47,10 @@ named! {
         Connect = "connect",
         /// It called listen.
         Listen = "listen",
+        /// It accepted the connection.
+        Accept = "accept",
+        /// It was found holding the socket.
+        Sweep = "sweep",
         /// Not seen accepted: the process that listens.
         Listener = "listener",
         /// It closed the socket, and no better is known.
@@ -78,6 +84,17 @@ pub struct Process {
     pub start_ns: u64,
     /// Name of the thread-group leader; `None` where it can't be known.
     pub comm: Option<Comm>,
+}
+
+impl Process {
+    /// `/proc` gives the start in ticks of the clock, rounded down.
+    const TICK_NS: u64 = 10_000_000;
+
+    /// Whether both are the same process, whatever names it had.
+    #[must_use]
+    pub const fn is(&self, other: &Self) -> bool {
+        self.pid == other.pid && self.start_ns.abs_diff(other.start_ns) < Self::TICK_NS
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

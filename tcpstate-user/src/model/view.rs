@@ -80,6 +80,13 @@ named! {
         TpBtf = "tp_btf",
         /// The socket cookie in events (5.12); without it, identity is the socket's address and a generation.
         SocketCookie = "socket_cookie",
+        /// fexit on `inet_csk_accept`: who accepted a connection, at once; without it, when it is swept or closed.
+        AcceptFexit = "accept_fexit",
+        /// fentry on what makes and ends timewait sockets: TIME_WAIT's and an orphan's FIN_WAIT2's ends at once; without
+        /// it, by dumps and their timers.
+        TimeWaitFentry = "time_wait_fentry",
+        /// The iterator over all descriptors; without it, `/proc/PID/fd` is read.
+        TaskFileIter = "task_file_iter",
     }
 }
 

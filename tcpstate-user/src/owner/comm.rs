@@ -60,7 +60,7 @@ mod tests {
     #[test]
     fn a_name_is_that_of_the_process_that_started_then() {
         let pid = std::process::id();
-        let start_ns = start_ns_of(pid).expect("we live");
+        let start_ns = start_ns_of(std::path::Path::new(&format!("/proc/{pid}"))).expect("we live");
         let asked = [(pid, start_ns), (pid, start_ns + 10_000_000), (1 << 23, 1)];
         let found = names(&FxHashSet::from_iter(asked));
         let own = std::fs::read_to_string("/proc/self/comm").expect("/proc is mounted");

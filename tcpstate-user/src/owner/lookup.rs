@@ -120,17 +120,15 @@ impl Containers {
 
 /// Whether `folder`, in `/proc`, is that of the process that started then.
 pub(super) fn started_at(folder: &Path, start_ns: u64) -> bool {
-    fs::read(folder.join("stat")).is_ok_and(|stat| {
-        // `do_task_stat` rounds down (`nsec_to_clock_t`).
-        start_ticks(&stat) == Some(start_ns / ns_per_tick())
-    })
+    // `do_task_stat` rounds down (`nsec_to_clock_t`).
+    let tick = ns_per_tick();
+    start_ns_of(folder) == Some(start_ns / tick * tick)
 }
 
-/// The start of a process, as exact as `/proc` tells it.
-#[cfg(test)]
-pub(super) fn start_ns_of(pid: u32) -> Option<u64> {
-    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
-    Some(start_ticks(&stat)? * ns_per_tick())
+/// When the process in this folder of `/proc` started: `CLOCK_BOOTTIME` nanoseconds, rounded down to a tick.
+pub(super) fn start_ns_of(folder: &Path) -> Option<u64> {
+    let ticks = start_ticks(&fs::read(folder.join("stat")).ok()?)?;
+    Some(ticks * ns_per_tick())
 }
 
 fn ns_per_tick() -> u64 {
@@ -316,7 +314,7 @@ mod tests {
         let pid = contained.process.id();
         let cgroup = fs::metadata(&contained.folder).expect("made").ino();
         let mut containers = Containers::new();
-        let start_ns = start_ns_of(pid).expect("alive");
+        let start_ns = start_ns_of(Path::new(&format!("/proc/{pid}"))).expect("alive");
 
         assert_eq!(
             containers.container(pid, start_ns, cgroup).as_deref(),

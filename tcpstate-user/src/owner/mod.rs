@@ -1,12 +1,14 @@
 //! What is known of a process beyond what the kernel's record says: the container it runs in, its name where the
-//! record lacks it, and the name that it has now.
+//! record lacks it or it has changed, and the sockets that it holds.
 
 mod comm;
 mod container;
 mod lookup;
+mod sweep;
 
 pub use comm::{comm_of, names};
 pub use lookup::Containers;
+pub use sweep::{by_iterator, by_proc};
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

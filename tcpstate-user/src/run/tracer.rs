@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 use rustix::time::{ClockId, clock_gettime};
-use tcpstate_common::SetState;
 use tcpstate_common::event::{FLAG_SOCKET_READ, FLAG_TASK};
+use tcpstate_common::{Event, SetState};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -20,14 +20,14 @@ use tokio::time::MissedTickBehavior;
 
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
 use crate::filter::Subscription;
-use crate::kernel::netns::NetnsError;
+use crate::kernel::netns::{Lead, NetnsError};
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
 use crate::model::{Comm, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
-use crate::owner::{Containers, comm_of, in_initial_pid_namespace, names};
+use crate::owner::{self, Containers, comm_of, in_initial_pid_namespace, names};
 use crate::stats::Stats;
-use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
+use crate::table::{Change, Holder, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -43,12 +43,22 @@ const MINI_AGE_NS: u64 = SECOND_NS;
 /// How long a scrape waits for a dump before it gets what there is.
 const SCRAPE_WAIT_NS: u64 = 2 * SECOND_NS;
 
-/// What no event follows to its end: timewait sockets and half-open requests.
-const MINI_STATES: StateMask = StateMask::of(&[
-    TcpState::TIME_WAIT,
-    TcpState::FIN_WAIT2,
-    TcpState::NEW_SYN_RECV,
-]);
+/// Between two sweeps lie at least as many times the time that one took.
+const SWEEP_PAUSE: u64 = 50;
+
+/// What no event follows to its end: half-open requests, and timewait sockets where the kernel shows no more than the
+/// tracepoint does.
+const fn mini_states(sees_timewait: bool) -> StateMask {
+    if sees_timewait {
+        StateMask::of(&[TcpState::NEW_SYN_RECV])
+    } else {
+        StateMask::of(&[
+            TcpState::TIME_WAIT,
+            TcpState::FIN_WAIT2,
+            TcpState::NEW_SYN_RECV,
+        ])
+    }
+}
 
 pub struct Options {
     pub netns: NetnsSelection,
@@ -74,6 +84,7 @@ enum Command {
         Result<Snapshot, SnapshotError>,
         FxHashMap<ProcessId, Comm>,
     ),
+    Swept(io::Result<Sweep>),
     Stop,
 }
 
@@ -81,17 +92,14 @@ enum Command {
 enum Dump {
     /// Every state.
     Full,
-    /// [`MINI_STATES`].
+    /// [`mini_states`].
     Mini,
 }
 
-impl Dump {
-    const fn states(self) -> StateMask {
-        match self {
-            Self::Full => StateMask::ALL,
-            Self::Mini => MINI_STATES,
-        }
-    }
+/// Who holds which sockets, and how long it took to find out.
+struct Sweep {
+    holders: Vec<Holder>,
+    took_ns: u64,
 }
 
 /// The tracer has ended.
@@ -200,6 +208,12 @@ struct State {
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
+    mini_states: StateMask,
+    sweeping: bool,
+    /// When the next sweep is due; none while nothing asks for one.
+    next_sweep_ns: Option<u64>,
+    /// No sweep before: so that they take a small part of a processor.
+    sweep_pause_ns: u64,
     reconcile_interval_ns: u64,
     /// Pids are here what they are in records.
     pids_are_ours: bool,
@@ -207,6 +221,8 @@ struct State {
     unlisted: Unlisted,
     /// Why the last dump that failed did; empty after one that did not.
     dump_failure: String,
+    /// The same of sweeps.
+    sweep_failure: String,
     /// As the newest record had it, or the map.
     lost: u32,
     recursion_misses: u64,
@@ -232,11 +248,22 @@ impl State {
         let features = vec![
             (Feature::TpBtf, session.path() != Path::Tracepoint),
             (Feature::SocketCookie, session.cookies()),
+            (Feature::AcceptFexit, session.accept().is_ok()),
+            (Feature::TimeWaitFentry, session.time_wait().is_ok()),
+            (Feature::TaskFileIter, session.sweep().is_ok()),
         ];
+        let mut table = Table::new(identity);
+        if session.accept().is_ok() {
+            table.sees_accepts();
+        }
+        let mut stats = Stats::new(options.max_comms);
+        if session.time_wait().is_ok() {
+            stats.times_timewait();
+        }
         Self {
             netns: options.netns,
-            table: Table::new(identity),
-            stats: Stats::new(options.max_comms),
+            table,
+            stats,
             streams: Streams::default(),
             containers: Containers::default(),
             health: Health {
@@ -249,12 +276,17 @@ impl State {
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,
+            mini_states: mini_states(session.time_wait().is_ok()),
+            sweeping: false,
+            next_sweep_ns: None,
+            sweep_pause_ns: 0,
             reconcile_interval_ns: u64::try_from(options.reconcile_interval.as_nanos())
                 .unwrap_or(u64::MAX),
             pids_are_ours: in_initial_pid_namespace(),
             unreachable: 0,
             unlisted: Unlisted::default(),
             dump_failure: String::new(),
+            sweep_failure: String::new(),
             lost: 0,
             recursion_misses: 0,
             newest_ns: 0,
@@ -308,6 +340,7 @@ impl State {
             Command::Subscribe(stream) => self.streams.add(*stream),
             Command::View(reply) => self.scrape(reply, session),
             Command::Dumped(dump, result, names) => self.dumped(dump, result, &names, session),
+            Command::Swept(result) => self.swept(result, session),
             Command::Stop => {}
         }
     }
@@ -333,22 +366,36 @@ impl State {
         }
     }
 
-    fn record<E>(&mut self, record: Result<SetState, E>) {
-        let Ok(mut event) = record else {
+    fn record<E>(&mut self, record: Result<Event, E>) {
+        let Ok(event) = record else {
             self.lose(LossReason::Decode, 1, now_ns());
             return;
         };
-        let lost = event.lost.wrapping_sub(self.lost).cast_signed();
+        let lost = event.lost().wrapping_sub(self.lost).cast_signed();
         if lost > 0 {
-            self.lost = event.lost;
-            self.lose(
-                LossReason::RingFull,
-                lost.unsigned_abs().into(),
-                event.time_ns,
-            );
+            self.lost = event.lost();
+            let count = lost.unsigned_abs().into();
+            self.lose(LossReason::RingFull, count, event.time_ns());
         }
         self.health.events_received += 1;
-        self.newest_ns = self.newest_ns.max(event.time_ns);
+        self.newest_ns = self.newest_ns.max(event.time_ns());
+        match event {
+            Event::SetState(event) => self.set_state(event),
+            Event::Accept(event) => {
+                let container =
+                    self.containers
+                        .container(event.tgid, event.start_ns, event.cgroup_id);
+                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+                self.table.accepted(&event, container.as_ref(), tell);
+            }
+            Event::TimeWait(event) => {
+                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+                self.table.time_wait(&event, tell);
+            }
+        }
+    }
+
+    fn set_state(&mut self, mut event: SetState) {
         if self.pids_are_ours
             && event.has(FLAG_TASK)
             && !event.has(FLAG_SOCKET_READ)
@@ -421,6 +468,13 @@ impl State {
         if self.dump.is_none() && now_ns >= self.next_full_ns {
             self.begin_dump(Dump::Full, now_ns);
         }
+        if self.is_ready() && self.table.wants_sweep() {
+            // Connections come in crowds, and one that ends at once needs no sweep: its closer is seen.
+            self.want_sweep(now_ns + SECOND_NS);
+        }
+        if !self.sweeping && self.next_sweep_ns.is_some_and(|at_ns| now_ns >= at_ns) {
+            self.begin_sweep(session);
+        }
         if self
             .waiting
             .first()
@@ -441,6 +495,22 @@ impl State {
         }
     }
 
+    /// Where namespaces may be that nothing else leads to.
+    fn leads(&self) -> FxHashSet<Lead> {
+        if self.netns == NetnsSelection::All && self.pids_are_ours {
+            self.table.owners_by_netns()
+        } else {
+            FxHashSet::default()
+        }
+    }
+
+    const fn states(&self, dump: Dump) -> StateMask {
+        match dump {
+            Dump::Full => StateMask::ALL,
+            Dump::Mini => self.mini_states,
+        }
+    }
+
     /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
     fn begin_dump(&mut self, dump: Dump, now_ns: u64) {
         let Some(commands) = self.commands.upgrade() else {
@@ -450,16 +520,13 @@ impl State {
             self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
         }
         let (netns, first) = (self.netns, !self.is_ready());
-        let leads = if netns == NetnsSelection::All && self.pids_are_ours {
-            self.table.owners_by_netns()
-        } else {
-            FxHashSet::default()
-        };
+        let leads = self.leads();
         let owners = if dump == Dump::Full && self.pids_are_ours {
             self.table.owners()
         } else {
             FxHashSet::default()
         };
+        let states = self.states(dump);
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -467,7 +534,7 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let result = snapshot::take(netns, dump.states(), leads);
+                let result = snapshot::take(netns, states, leads);
                 // The tracer may have ended meanwhile.
                 let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
             });
@@ -496,7 +563,7 @@ impl State {
                     netns: vec![inode],
                     started_ns: now_ns(),
                     finished_ns: now_ns(),
-                    states: dump.states(),
+                    states: self.states(dump),
                     ..Snapshot::default()
                 }
             }
@@ -540,8 +607,8 @@ impl State {
         }
         self.unreachable = snapshot.unreachable.len();
         if dump == Dump::Full {
-            self.ready.store(true, Ordering::Release);
             self.tell_unlisted();
+            self.want_sweep(0);
         }
         self.answer(session);
     }
@@ -555,6 +622,78 @@ impl State {
                 news.len(),
                 shortened(&news)
             );
+        }
+    }
+
+    fn want_sweep(&mut self, at_ns: u64) {
+        let at_ns = at_ns.max(self.sweep_pause_ns);
+        self.next_sweep_ns = Some(
+            self.next_sweep_ns
+                .map_or(at_ns, |next_ns| next_ns.min(at_ns)),
+        );
+    }
+
+    /// Has the holders of all sockets listed on a thread of their own.
+    fn begin_sweep(&mut self, session: &mut Session) {
+        let Some(commands) = self.commands.upgrade() else {
+            return;
+        };
+        self.next_sweep_ns = None;
+        let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
+        let (netns, leads) = (self.netns, self.leads());
+        let sweep = move || {
+            let started_ns = now_ns();
+            let holders = match iterator {
+                Some(file) => owner::by_iterator(file?)?,
+                None => {
+                    let dump =
+                        snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
+                    owner::by_proc(&dump.records)?
+                }
+            };
+            Ok(Sweep {
+                holders,
+                took_ns: now_ns() - started_ns,
+            })
+        };
+        let begun = thread::Builder::new()
+            .name("sweep".to_owned())
+            .spawn(move || {
+                // The tracer may have ended meanwhile.
+                let _ = commands.send(Command::Swept(sweep()));
+            });
+        match begun {
+            Ok(_) => self.sweeping = true,
+            Err(error) => self.swept(Err(error), session),
+        }
+    }
+
+    fn swept(&mut self, result: io::Result<Sweep>, session: &mut Session) {
+        self.sweeping = false;
+        let now_ns = now_ns();
+        let took_ns = match result {
+            Ok(sweep) => {
+                // What was accepted by then is in the ring.
+                self.drain_to(session, now_ns);
+                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+                self.table.swept(&sweep.holders, now_ns, tell);
+                self.streams.flush();
+                self.sweep_failure.clear();
+                sweep.took_ns
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                // Once for each reason: it may come with every sweep.
+                if self.sweep_failure != reason {
+                    tracing::warn!("owners of sockets can't be looked up: {reason}");
+                    self.sweep_failure = reason;
+                }
+                SECOND_NS
+            }
+        };
+        self.sweep_pause_ns = now_ns + took_ns.saturating_mul(SWEEP_PAUSE);
+        if !self.is_ready() {
+            self.ready.store(true, Ordering::Release);
         }
     }
 

@@ -8,7 +8,9 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
+use super::owners::{Known, as_listener};
 use super::reconcile::{gone_change, mini_end};
+use super::timewait::fate_of;
 use super::{
     Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
 };
@@ -75,6 +77,7 @@ impl Table {
         for first in &late {
             self.lone_child(first, &mut sink);
         }
+        self.owners.flush(before_ns);
     }
 
     /// An accepted socket's first event whose second was lost. It shows what the kernel said; the table does
@@ -84,7 +87,8 @@ impl Table {
         let mut socket = new_socket(first, id, None);
         socket.remote = Endpoint::default();
         socket.role = Some(Role::Passive);
-        socket.owner = self.listener_owner(first, &socket);
+        let known = self.listener_of(first, &socket);
+        own_by(&mut socket, known);
         sink(&child_change(first, &socket, None, None));
     }
 
@@ -95,7 +99,9 @@ impl Table {
         let mut socket = new_socket(second, id, cookie);
         socket.state = TcpState::SYN_RECV;
         socket.role = Some(Role::Passive);
-        socket.owner = self.listener_owner(first, &socket);
+        let accepted = self.owners.accepted_early(self.event_key(second));
+        let known = accepted.or_else(|| self.listener_of(first, &socket));
+        own_by(&mut socket, known);
         let before = self.take_request(&socket).as_ref().map(Place::of);
         self.vacate(second, first.time_ns, sink);
         self.reused(self.tuple(&socket), first.time_ns, sink);
@@ -128,18 +134,17 @@ impl Table {
         self.remove_mini(key).map(|request| request.socket)
     }
 
-    fn listener_owner(&self, first: &SetState, child: &Socket) -> Option<Owner> {
-        // Up to 6.12: the child's first event carries its listener's cookie.
-        let listener = self.full.with_cookie(first.cookie);
-        let listener = listener.and_then(|key| self.full.get(key));
-        let owner = match listener {
-            Some(listener) if listener.socket.state == TcpState::LISTEN => listener.socket.owner,
-            _ => self.full.listener_owner(child),
-        };
-        owner.map(|owner| Owner {
-            source: OwnerSource::Listener,
-            ..owner
-        })
+    /// Who listens for the socket that `first` is the first event of.
+    fn listener_of(&self, first: &SetState, child: &Socket) -> Option<Known> {
+        // Up to 6.12 the event carries the listener's cookie.
+        let named = self.full.with_cookie(first.cookie);
+        let named = named.and_then(|key| self.full.get(key));
+        match named.map(|full| &full.socket) {
+            Some(socket) if socket.state == TcpState::LISTEN => {
+                Some((as_listener(socket.owner?), socket.container.clone()))
+            }
+            _ => self.listening(child),
+        }
     }
 
     const fn event_key(&self, event: &SetState) -> u64 {
@@ -215,6 +220,9 @@ impl Table {
         let Some(full) = self.full.get(key) else {
             return;
         };
+        if to == TcpState::ESTABLISHED {
+            self.owners.established(&full.socket);
+        }
         sink(&Change {
             time_ns: event.time_ns,
             socket: &full.socket,
@@ -243,12 +251,15 @@ impl Table {
     ) {
         let from = event.from();
         let Full {
-            mut socket, stay, ..
+            mut socket,
+            stay,
+            timewait,
+            ..
         } = full;
         if !event.has(FLAG_DEAD) {
             self.generations.closed(socket.id);
         }
-        let fate = fate(event);
+        let fate = timewait.map_or_else(|| fate(event), fate_of);
         socket.state = match fate {
             Fate::Gone => TcpState::CLOSE,
             Fate::TimeWait => TcpState::TIME_WAIT,
@@ -265,6 +276,8 @@ impl Table {
             dwell,
             evidence: if gone {
                 Evidence::Tracepoint
+            } else if timewait.is_some() {
+                Evidence::Fentry
             } else {
                 Evidence::Inferred
             },
@@ -497,6 +510,7 @@ fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket
         owner: None,
         uid: uid(event),
         container: None,
+        holders: None,
         established: !matches!(
             from,
             TcpState::CLOSE | TcpState::LISTEN | TcpState::SYN_SENT | TcpState::SYN_RECV
@@ -558,6 +572,13 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
         source,
     });
     socket.container = container.cloned();
+}
+
+fn own_by(socket: &mut Socket, known: Option<Known>) {
+    if let Some((owner, container)) = known {
+        socket.owner = Some(owner);
+        socket.container = container;
+    }
 }
 
 /// Family and both ends as the contract writes them. A listener has no remote end.

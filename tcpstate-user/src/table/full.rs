@@ -8,8 +8,9 @@ use rustc_hash::FxHashMap;
 use tcpstate_common::TcpState;
 
 use super::listeners::Listeners;
+use super::owners::Known;
 use super::{Identity, Socket, Stay, Tuple};
-use crate::model::{Endpoint, Owner};
+use crate::model::Endpoint;
 
 /// A socket that events follow.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub(super) struct Full {
     pub(super) missed: bool,
     /// The cookie of the record that stands for it, which may be that of another with the same ends.
     pub(super) guess: Option<u64>,
+    /// The state in which a timewait socket is about to take its place.
+    pub(super) timewait: Option<TcpState>,
 }
 
 impl Full {
@@ -32,6 +35,7 @@ impl Full {
             event_ns,
             missed: false,
             guess: None,
+            timewait: None,
         }
     }
 
@@ -102,7 +106,16 @@ impl FullSockets {
         self.by_key.values().map(|full| &full.socket)
     }
 
-    /// To change owners, by which no socket is found.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Socket)> {
+        self.by_key.iter().map(|(&key, full)| (key, &full.socket))
+    }
+
+    /// To change its owner, by which no socket is found.
+    pub(super) fn socket_mut(&mut self, key: u64) -> Option<&mut Socket> {
+        self.by_key.get_mut(&key).map(|full| &mut full.socket)
+    }
+
+    /// The same of all.
     pub(super) fn sockets_mut(&mut self) -> impl Iterator<Item = &mut Socket> {
         self.by_key.values_mut().map(|full| &mut full.socket)
     }
@@ -173,10 +186,12 @@ impl FullSockets {
         keys.filter_map(|&(_, key)| Some((key, self.get(key)?)))
     }
 
-    /// The owner of the listener that took `child`, if there can be no doubt.
-    pub(super) fn listener_owner(&self, child: &Socket) -> Option<Owner> {
-        self.listeners
-            .owner(child, |key| self.get(key)?.socket.owner)
+    /// Who owns the listener that took `child`, with the container, if there can be no doubt.
+    pub(super) fn listener_of(&self, child: &Socket) -> Option<Known> {
+        self.listeners.of(child, |key| {
+            let socket = &self.get(key)?.socket;
+            Some((socket.owner?, socket.container.clone()))
+        })
     }
 
     fn link(&mut self, key: u64, found: &Found) {

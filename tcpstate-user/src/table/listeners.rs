@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use rustc_hash::FxHashMap;
 
 use super::Socket;
-use crate::model::{Endpoint, Owner};
+use super::owners::Known;
+use crate::model::Endpoint;
 
 /// Listening sockets by network namespace and port.
 #[derive(Debug, Default)]
@@ -37,33 +38,29 @@ impl Listeners {
         }
     }
 
-    /// The owner of the listener that took `child`, if there can be no doubt: of several listeners of one
-    /// port (SO_REUSEPORT) the kernel takes one that no event names.
-    pub(super) fn owner(
-        &self,
-        child: &Socket,
-        owner_of: impl Fn(u64) -> Option<Owner>,
-    ) -> Option<Owner> {
+    /// What `known` says of the owner of the listener that took `child`, if there can be no doubt: of several listeners
+    /// of one port (SO_REUSEPORT) the kernel takes one that no event names.
+    pub(super) fn of(&self, child: &Socket, known: impl Fn(u64) -> Option<Known>) -> Option<Known> {
         let listeners = self.0.get(&(child.netns, child.local.port?))?;
         let mut candidates = listeners
             .iter()
             .filter(|listener| listener.addr == child.local.addr)
             .peekable();
         if candidates.peek().is_some() {
-            return one_owner(candidates.map(|listener| owner_of(listener.key)));
+            return the_one(candidates.map(|listener| known(listener.key)));
         }
-        one_owner(
+        the_one(
             listeners
                 .iter()
                 .filter(|listener| listener.addr.is_some_and(|addr| addr.is_unspecified()))
-                .map(|listener| owner_of(listener.key)),
+                .map(|listener| known(listener.key)),
         )
     }
 }
 
-fn one_owner(mut owners: impl Iterator<Item = Option<Owner>>) -> Option<Owner> {
+fn the_one(mut owners: impl Iterator<Item = Option<Known>>) -> Option<Known> {
     let first = owners.next()??;
     owners
-        .all(|owner| owner.is_some_and(|owner| owner.process == first.process))
+        .all(|known| known.is_some_and(|(owner, _)| owner.process.is(&first.0.process)))
         .then_some(first)
 }

@@ -1,17 +1,20 @@
 //! The table of sockets: turns the kernel's events and dumps into what happened, and says how it knows.
 //!
-//! Pure: time comes in with the events, and nothing here knows where they came from. Two doors lead in:
-//! [`Table::apply`] for an event, [`Table::reconcile`] for a dump.
+//! Pure: time comes in with the events, and nothing here knows where they came from. The doors are
+//! [`Table::apply`], [`Table::accepted`] and [`Table::time_wait`] for events, [`Table::reconcile`] for a dump of the sockets, and
+//! [`Table::swept`] for one of who holds them.
 
 mod apply;
 mod fate;
 mod full;
 mod listeners;
+mod owners;
 mod reconcile;
 mod snapshot;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod timewait;
 
 use std::collections::VecDeque;
 
@@ -21,8 +24,9 @@ use tcpstate_common::{SetState, TcpState};
 use crate::model::{Comm, ConnectionId, Endpoint, Evidence, Named, ProcessId, named};
 pub use apply::NoCookie;
 use full::{Full, FullSockets};
+use owners::Owners;
 pub use reconcile::STORE_NS;
-pub use snapshot::{Record, Snapshot, StateMask, Unreachable};
+pub use snapshot::{Holder, Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
 
 /// What tells two sockets apart in events.
@@ -146,11 +150,14 @@ pub struct Table {
     /// First events of accepted sockets, by address, until the next event tells whose they are: up to 6.12
     /// they carry the listener's cookie and no remote end.
     children: FxHashMap<u64, SetState>,
+    owners: Owners,
     generations: Generations,
     /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
     /// While a dump is under way: what closed since it began.
     closed: Option<Closed>,
+    /// The same of timewait sockets that ended, by cookie.
+    ended: Option<FxHashMap<u64, u64>>,
     own_numbers: u64,
     newest_ns: u64,
     /// Stays that began no later than this may have lost events.
@@ -199,9 +206,11 @@ impl Table {
             timewait: FxHashMap::default(),
             requests: FxHashMap::default(),
             children: FxHashMap::default(),
+            owners: Owners::default(),
             generations: Generations::default(),
             listed: FxHashSet::default(),
             closed: None,
+            ended: None,
             own_numbers: 0,
             newest_ns: 0,
             lost_until_ns: 0,

@@ -23,11 +23,13 @@ impl Table {
     /// To be called before a dump begins: from now on the table remembers what closes.
     pub fn snapshot_begins(&mut self) {
         self.closed = Some(Closed::default());
+        self.ended = Some(FxHashMap::default());
     }
 
     /// The dump that had begun failed.
     pub fn snapshot_failed(&mut self) {
         self.closed = None;
+        self.ended = None;
     }
 
     /// Merges a dump. All events up to its end must have been applied.
@@ -35,8 +37,10 @@ impl Table {
     /// Tells whether it lacked a full socket for the first time: the next dump decides.
     pub fn reconcile(&mut self, snapshot: &Snapshot, mut sink: impl FnMut(&Change<'_>)) -> bool {
         let closed = self.closed.take().unwrap_or_default();
+        let ended = self.ended.take().unwrap_or_default();
         let mut joins = Joins {
             closed,
+            ended,
             minis: self
                 .mini
                 .iter()
@@ -240,6 +244,10 @@ impl Table {
             let key = self.demote(key)?;
             return Some(self.merge_mini(record, Some(key), sink));
         }
+        let ended = joins.ended.get(&record.cookie);
+        if ended.is_some_and(|&ended_ns| newer(ended_ns, record)) {
+            return None;
+        }
         let known = joins.minis.get(&record.cookie).copied().or_else(|| {
             let key = *self.timewait.get(&ends)?;
             self.mini.get(&key)?.socket.cookie.is_none().then_some(key)
@@ -401,6 +409,8 @@ impl Table {
 #[derive(Default)]
 struct Joins {
     closed: Closed,
+    /// When timewait sockets ended, by cookie.
+    ended: FxHashMap<u64, u64>,
     /// Of minisockets, by cookie.
     minis: FxHashMap<u64, u64>,
     alike: FxHashMap<Tuple, Alike>,
@@ -546,11 +556,16 @@ fn found_socket(record: &Record, id: ConnectionId) -> Socket {
         role: match record.state {
             TcpState::SYN_SENT => Some(Role::Active),
             TcpState::NEW_SYN_RECV => Some(Role::Passive),
+            // Without a file: not accepted yet. An orphan is past these states.
+            TcpState::ESTABLISHED | TcpState::CLOSE_WAIT if record.inode == 0 => {
+                Some(Role::Passive)
+            }
             _ => None,
         },
         owner: None,
         uid: record.uid,
         container: None,
+        holders: None,
         established: was_established(record.state),
     }
 }

@@ -3,10 +3,11 @@
 //! How a dump is made is `kernel`'s; merging it with events is `table`'s reconciliation.
 
 use std::fmt;
+use std::sync::Arc;
 
 use tcpstate_common::TcpState;
 
-use crate::model::{Endpoint, Family};
+use crate::model::{Endpoint, Family, Process};
 
 /// A set of states.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -74,6 +75,15 @@ pub struct Record {
     pub expires_ns: Option<u64>,
     /// `CLOCK_BOOTTIME` nanoseconds: not before and not after these did the kernel read the socket.
     pub read_ns: (u64, u64),
+}
+
+/// A process with the TCP sockets that it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    pub process: Process,
+    pub container: Option<Arc<str>>,
+    /// Cookies.
+    pub sockets: Vec<u64>,
 }
 
 /// A namespace whose sockets the dump lacks.

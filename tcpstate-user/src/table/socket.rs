@@ -22,6 +22,8 @@ pub struct Socket {
     pub owner: Option<Owner>,
     pub uid: Option<u32>,
     pub container: Option<Arc<str>>,
+    /// How many processes held it when that was last looked at.
+    pub holders: Option<u32>,
     /// It has been ESTABLISHED, as far as was seen.
     pub established: bool,
 }

@@ -76,6 +76,20 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
+    /// The event stream, as lines; ends with the daemon.
+    pub fn events(&self) -> impl Iterator<Item = Value> + use<> {
+        let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
+        connection
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .expect("a timeout");
+        write!(connection, "GET /v1/events HTTP/1.0\r\n\r\n").expect("sent");
+        let lines = BufReader::new(connection).lines();
+        let lines = lines.map(|line| line.expect("a line in time"));
+        lines
+            .skip_while(|line| !line.starts_with('{'))
+            .map(|line| serde_json::from_str(&line).expect("JSON"))
+    }
+
     pub fn metrics(&self) -> Metrics {
         let (status, page) = self.get("/metrics");
         assert_eq!(status, 200, "{page}");

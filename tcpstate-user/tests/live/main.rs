@@ -15,6 +15,7 @@ mod scenarios;
 mod six;
 mod sockets;
 mod sys;
+mod timewait;
 mod tracer;
 mod vm;
 mod watch;

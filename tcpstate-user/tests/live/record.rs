@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 
-use tcpstate_common::{SetState, TcpState};
+use tcpstate_common::{Event, SetState, TcpState};
 use tcpstate_user::kernel::{Netns, Options, RingSize, Session};
 use zerocopy::IntoBytes as _;
 
@@ -26,7 +26,11 @@ pub fn six_sequences() {
         six::all(lab);
         let mut events: Vec<SetState> = Vec::new();
         until("no socket is on its way to another state", || {
-            let sink = |record: Result<_, _>| events.push(record.expect("the right length"));
+            let sink = |record: Result<Event, _>| {
+                if let Event::SetState(event) = record.expect("a right length") {
+                    events.push(event);
+                }
+            };
             session.drain(sink, usize::MAX);
             let newest: BTreeMap<u64, TcpState> =
                 events.iter().map(|event| (event.sk, event.to())).collect();

@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{daemon, record, six};
+use crate::{daemon, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -21,4 +21,9 @@ fn every_event_arrives() {
 #[test]
 fn sockets_that_are_alike_are_counted() {
     daemon::sockets_that_are_alike(&[]);
+}
+
+#[test]
+fn what_follows_a_close_is_told() {
+    timewait::is_followed();
 }

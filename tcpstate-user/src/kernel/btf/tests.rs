@@ -203,6 +203,20 @@ const READ: &[(&str, Shape<'_>)] = {
             ]),
         ),
         ("net", Struct(&[("ns", Struct(&[("inum", Bytes(4))]))])),
+        ("socket", Struct(&[("sk", Bytes(8))])),
+        (
+            "inet_timewait_sock",
+            Struct(&[
+                (
+                    "__tw_common",
+                    Struct(&[
+                        ("skc_net", Struct(&[("net", Bytes(8))])),
+                        ("skc_cookie", Bytes(8)),
+                    ]),
+                ),
+                ("tw_substate", Bytes(1)),
+            ]),
+        ),
         (
             "task_struct",
             Struct(&[
@@ -330,7 +344,9 @@ fn other_files_are_refused() {
 /// The beginning of `struct sock_common` has been the same from 3.x to 7.2.
 #[test]
 fn the_running_kernel_has_each_field() {
-    let found = offsets().unwrap();
+    let layout = layout().unwrap();
+    assert!(matches!(layout.accept_arguments, Some(2 | 4)));
+    let found = layout.offsets;
     let known = Offsets {
         sk_daddr: 0,
         sk_rcv_saddr: 4,

@@ -1,0 +1,171 @@
+//! Which processes hold which sockets, of all processes at one time: by the kernel's iterator where there is one, else
+//! from `/proc`.
+//!
+//! Takes milliseconds to seconds, so not for a thread that has other work.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::path::Path;
+
+use rustc_hash::{FxHashMap, FxHashSet};
+use zerocopy::FromBytes as _;
+
+use super::comm::comm_of;
+use super::lookup::start_ns_of;
+use super::{Containers, in_initial_pid_namespace};
+use crate::model::{Comm, Process};
+use crate::table::{Holder, Record};
+
+/// `file`: the iterator's, as [`Session::begin_sweep`](crate::kernel::Session::begin_sweep) gives it.
+///
+/// # Errors
+/// Where it can't be read to its end.
+pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    let mut holders = Holders::default();
+    let mut rest = bytes.as_slice();
+    while let Ok((found, after)) = tcpstate_common::Holder::read_from_prefix(rest) {
+        rest = after;
+        let process = Process {
+            pid: found.tgid,
+            start_ns: found.start_ns,
+            comm: Some(Comm::from_kernel(found.comm)),
+        };
+        holders.add(process, found.cookie);
+    }
+    if !rest.is_empty() {
+        return Err(io::Error::other(format!(
+            "the sweep ends in the middle of a record: {} bytes too many",
+            rest.len()
+        )));
+    }
+    Ok(holders.list())
+}
+
+/// By the descriptors in `/proc`, for sockets that `dump` shows. Processes that may not be looked into (that takes
+/// CAP_SYS_PTRACE) are left out.
+///
+/// # Errors
+/// Where there is no `/proc`, or its pids are not those of the initial pid namespace.
+pub fn by_proc(dump: &[Record]) -> io::Result<Vec<Holder>> {
+    if !in_initial_pid_namespace() {
+        return Err(io::Error::other(
+            "tcpstate is not in the initial pid namespace, so /proc tells other pids",
+        ));
+    }
+    let cookies: FxHashMap<u32, u64> = dump
+        .iter()
+        .filter(|record| record.inode != 0)
+        .map(|record| (record.inode, record.cookie))
+        .collect();
+    let mut holders = Holders::default();
+    for entry in fs::read_dir("/proc")? {
+        let folder = entry?.path();
+        let pid = folder
+            .file_name()
+            .and_then(|name| name.to_str()?.parse().ok());
+        if let Some(pid) = pid {
+            // It may have gone, or not be ours to look into.
+            let _ = descriptors(pid, &folder, &cookies, &mut holders);
+        }
+    }
+    Ok(holders.list())
+}
+
+fn descriptors(
+    pid: u32,
+    folder: &Path,
+    cookies: &FxHashMap<u32, u64>,
+    holders: &mut Holders,
+) -> io::Result<()> {
+    let mut held = Vec::new();
+    for entry in fs::read_dir(folder.join("fd"))? {
+        // A descriptor that was closed since is no reason to miss the others.
+        let Ok(target) = entry.and_then(|entry| fs::read_link(entry.path())) else {
+            continue;
+        };
+        held.extend(inode(&target).and_then(|inode| cookies.get(&inode)));
+    }
+    if held.is_empty() {
+        return Ok(());
+    }
+    let comm = comm_of(pid);
+    let process = Process {
+        pid,
+        // Last: what was read before can't be a later process' then, but for one of the same tick.
+        start_ns: start_ns_of(folder).ok_or(io::ErrorKind::NotFound)?,
+        comm: (comm[0] != 0).then(|| Comm::from_kernel(comm)),
+    };
+    for cookie in held {
+        holders.add(process, cookie);
+    }
+    Ok(())
+}
+
+/// That of `socket:[4711]`.
+fn inode(target: &Path) -> Option<u32> {
+    let number = target
+        .to_str()?
+        .strip_prefix("socket:[")?
+        .strip_suffix(']')?;
+    number.parse().ok()
+}
+
+/// By process; a socket once for each, however many descriptors it has.
+#[derive(Default)]
+struct Holders(FxHashMap<(u32, u64), (Process, FxHashSet<u64>)>);
+
+impl Holders {
+    fn add(&mut self, process: Process, cookie: u64) {
+        let key = (process.pid, process.start_ns);
+        let (_, sockets) = self
+            .0
+            .entry(key)
+            .or_insert_with(|| (process, FxHashSet::default()));
+        sockets.insert(cookie);
+    }
+
+    fn list(self) -> Vec<Holder> {
+        let mut containers = Containers::new();
+        let holders = self.0.into_values();
+        holders
+            .map(|(process, sockets)| Holder {
+                process,
+                container: containers.container(process.pid, process.start_ns, 0),
+                sockets: sockets.into_iter().collect(),
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sockets_are_told_from_other_files() {
+        assert_eq!(inode(Path::new("socket:[4711]")), Some(4711));
+        assert_eq!(inode(Path::new("pipe:[4711]")), None);
+        assert_eq!(inode(Path::new("socket:[4711")), None);
+        assert_eq!(inode(Path::new("/tmp/socket:[1]")), None);
+        assert_eq!(inode(Path::new("socket:[99999999999]")), None);
+    }
+
+    #[test]
+    fn two_descriptors_of_one_socket_are_one_holder() {
+        let process = Process {
+            pid: 7,
+            start_ns: 1,
+            comm: None,
+        };
+        let mut holders = Holders::default();
+        holders.add(process, 11);
+        holders.add(process, 11);
+        holders.add(process, 12);
+        let mut list = holders.list();
+        assert_eq!(list.len(), 1);
+        list[0].sockets.sort_unstable();
+        assert_eq!(list[0].sockets, [11, 12]);
+    }
+}

@@ -1,0 +1,183 @@
+//! Whose a socket is, where no transition tells: accepts, and sweeps over all descriptors.
+
+use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
+use tcpstate_common::{Accept, TcpState};
+
+use super::{Change, Dwell, Holder, Identity, Place, Socket, Table};
+use crate::model::{Comm, Evidence, Owner, OwnerSource, Process, Role};
+
+/// An owner with the container that it runs in.
+pub(super) type Known = (Owner, Option<Arc<str>>);
+
+#[derive(Debug, Default)]
+pub(super) struct Owners {
+    /// Events tell of accepts.
+    accepts: bool,
+    /// Accepts of sockets that are not in the table yet, by the socket's key: a connection can be taken from its
+    /// listener's queue before its own second event.
+    early: FxHashMap<u64, (u64, Known)>,
+    /// A connection came whose holder no event told.
+    wanting: bool,
+}
+
+impl Owners {
+    pub(super) fn flush(&mut self, before_ns: u64) {
+        self.early.retain(|_, (time_ns, _)| *time_ns >= before_ns);
+    }
+
+    /// Who accepted a connection that is new to the table.
+    pub(super) fn accepted_early(&mut self, key: u64) -> Option<Known> {
+        self.early.remove(&key).map(|(_, known)| known)
+    }
+
+    /// To be called when a socket is a connection now.
+    pub(super) fn established(&mut self, socket: &Socket) {
+        self.wanting |= match socket.owner {
+            None => true,
+            Some(owner) => owner.source == OwnerSource::Listener && !self.accepts,
+        };
+    }
+}
+
+impl Table {
+    /// From now on events tell of accepts, so a connection that nobody accepted is one that waits for that.
+    pub fn sees_accepts(&mut self) {
+        self.owners.accepts = true;
+    }
+
+    /// Whether connections came, since this was last asked, that only a sweep finds a holder of.
+    pub fn wants_sweep(&mut self) -> bool {
+        std::mem::take(&mut self.owners.wanting)
+    }
+
+    /// Takes an accept, in the order of the ring.
+    pub fn accepted(
+        &mut self,
+        event: &Accept,
+        container: Option<&Arc<str>>,
+        mut sink: impl FnMut(&Change<'_>),
+    ) {
+        let key = match self.identity {
+            Identity::Cookie => event.cookie,
+            Identity::Address | Identity::AddressWithoutNetns => event.sk,
+        };
+        let owner = Owner {
+            process: Process {
+                pid: event.tgid,
+                start_ns: event.start_ns,
+                comm: Some(Comm::from_kernel(event.comm)),
+            },
+            source: OwnerSource::Accept,
+        };
+        let known = (owner, container.cloned());
+        match self.full.socket_mut(key) {
+            Some(socket) if socket.state != TcpState::LISTEN => {
+                give(socket, known, event.time_ns, &mut sink);
+            }
+            _ => {
+                self.owners.early.insert(key, (event.time_ns, known));
+            }
+        }
+    }
+
+    /// Takes a sweep: who was found holding which sockets at `time_ns` or shortly before. What it does not show may be
+    /// held all the same, or have been by who is known.
+    pub fn swept(&mut self, holders: &[Holder], time_ns: u64, mut sink: impl FnMut(&Change<'_>)) {
+        let mut found: FxHashMap<u64, (&Holder, u32)> = FxHashMap::default();
+        for holder in holders {
+            for &cookie in &holder.sockets {
+                let (first, count) = found.entry(cookie).or_insert((holder, 0));
+                *count += 1;
+                if holder.process.start_ns < first.process.start_ns {
+                    *first = holder;
+                }
+            }
+        }
+        for (cookie, (holder, count)) in found {
+            let key = self.full.with_cookie(cookie);
+            let Some(socket) = key.and_then(|key| self.full.socket_mut(key)) else {
+                continue;
+            };
+            socket.holders = Some(count);
+            let source = match socket.owner {
+                // It still holds it; how that was known first says more.
+                Some(known) if known.process.is(&holder.process) => match known.source {
+                    OwnerSource::Listener | OwnerSource::Closer => OwnerSource::Sweep,
+                    seen => seen,
+                },
+                _ => OwnerSource::Sweep,
+            };
+            let process = match socket.owner {
+                // `/proc` rounds the start.
+                Some(known) if known.process.is(&holder.process) => Process {
+                    comm: holder.process.comm.or(known.process.comm),
+                    ..known.process
+                },
+                _ => holder.process,
+            };
+            let container = holder.container.clone();
+            let owner = Owner { process, source };
+            give(socket, (owner, container), time_ns, &mut sink);
+        }
+        self.waiting_for_accept(time_ns, &mut sink);
+    }
+
+    /// Gives connections that a dump found not accepted yet to who listens, who may be known only now.
+    fn waiting_for_accept(&mut self, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
+        let waits = |socket: &Socket| {
+            socket.owner.is_none()
+                && socket.role == Some(Role::Passive)
+                && matches!(socket.state, TcpState::ESTABLISHED | TcpState::CLOSE_WAIT)
+        };
+        let waiting = self.full.iter().filter(|(_, socket)| waits(socket));
+        let listening: Vec<(u64, Known)> = waiting
+            .filter_map(|(key, socket)| Some((key, self.listening(socket)?)))
+            .collect();
+        for (key, known) in listening {
+            if let Some(socket) = self.full.socket_mut(key) {
+                give(socket, known, time_ns, sink);
+            }
+        }
+    }
+
+    /// Who listens for `child`, if there can be no doubt, as its owner until it is accepted.
+    pub(super) fn listening(&self, child: &Socket) -> Option<Known> {
+        let listener = self.full.listener_of(child);
+        listener.map(|(owner, container)| (as_listener(owner), container))
+    }
+}
+
+pub(super) fn as_listener(owner: Owner) -> Owner {
+    Owner {
+        source: OwnerSource::Listener,
+        ..owner
+    }
+}
+
+/// Sets the owner, and tells it where that changes where the socket is counted.
+fn give(
+    socket: &mut Socket,
+    (owner, container): Known,
+    time_ns: u64,
+    sink: &mut impl FnMut(&Change<'_>),
+) {
+    let before = Place::of(socket);
+    socket.owner = Some(owner);
+    socket.container = container;
+    let after = Place::of(socket);
+    if before != after {
+        sink(&Change {
+            time_ns,
+            socket,
+            kernel: None,
+            shown: None,
+            dwell: Dwell::None,
+            evidence: Evidence::Snapshot,
+            end: None,
+            before: Some(before),
+            after: Some(after),
+        });
+    }
+}
