@@ -8,7 +8,7 @@ mod sweep;
 
 pub use comm::{comm_of, names};
 pub use lookup::Containers;
-pub use sweep::{by_iterator, by_proc};
+pub use sweep::{Swept, by_iterator, by_proc};
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;

@@ -16,14 +16,22 @@ use super::{Containers, in_initial_pid_namespace};
 use crate::model::{Comm, Process};
 use crate::table::{Holder, Record};
 
+/// What a sweep found.
+pub struct Swept {
+    pub holders: Vec<Holder>,
+    /// Network namespaces, by inode, with pids of who holds a socket there: they may lead to one that no dump has found.
+    pub leads: FxHashSet<(u32, u32)>,
+}
+
 /// `file`: the iterator's, as [`Session::begin_sweep`](crate::kernel::Session::begin_sweep) gives it.
 ///
 /// # Errors
 /// Where it can't be read to its end.
-pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
+pub fn by_iterator(mut file: File) -> io::Result<Swept> {
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
     let mut holders = Holders::default();
+    let mut leads = FxHashSet::default();
     let mut rest = bytes.as_slice();
     while let Ok((found, after)) = tcpstate_common::Holder::read_from_prefix(rest) {
         rest = after;
@@ -33,6 +41,7 @@ pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
             comm: Some(Comm::from_kernel(found.comm)),
         };
         holders.add(process, found.cookie);
+        leads.insert((found.netns, found.tgid));
     }
     if !rest.is_empty() {
         return Err(io::Error::other(format!(
@@ -40,7 +49,10 @@ pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
             rest.len()
         )));
     }
-    Ok(holders.list())
+    Ok(Swept {
+        holders: holders.list(),
+        leads,
+    })
 }
 
 /// By the descriptors in `/proc`, for sockets that `dump` shows. Processes that may not be looked into (that takes
@@ -48,7 +60,7 @@ pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
 ///
 /// # Errors
 /// Where there is no `/proc`, or its pids are not those of the initial pid namespace.
-pub fn by_proc(dump: &[Record]) -> io::Result<Vec<Holder>> {
+pub fn by_proc(dump: &[Record]) -> io::Result<Swept> {
     if !in_initial_pid_namespace() {
         return Err(io::Error::other(
             "tcpstate is not in the initial pid namespace, so /proc tells other pids",
@@ -70,7 +82,10 @@ pub fn by_proc(dump: &[Record]) -> io::Result<Vec<Holder>> {
             let _ = descriptors(pid, &folder, &cookies, &mut holders);
         }
     }
-    Ok(holders.list())
+    Ok(Swept {
+        holders: holders.list(),
+        leads: FxHashSet::default(),
+    })
 }
 
 fn descriptors(

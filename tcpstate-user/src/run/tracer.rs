@@ -25,9 +25,9 @@ use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
 use crate::model::{Comm, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
-use crate::owner::{self, Containers, comm_of, in_initial_pid_namespace, names};
+use crate::owner::{self, Containers, Swept, comm_of, in_initial_pid_namespace, names};
 use crate::stats::Stats;
-use crate::table::{Change, Holder, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
+use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -98,7 +98,7 @@ enum Dump {
 
 /// Who holds which sockets, and how long it took to find out.
 struct Sweep {
-    holders: Vec<Holder>,
+    found: Swept,
     took_ns: u64,
 }
 
@@ -214,6 +214,8 @@ struct State {
     next_sweep_ns: Option<u64>,
     /// No sweep before: so that they take a small part of a processor.
     sweep_pause_ns: u64,
+    /// Of the last sweep.
+    swept_leads: FxHashSet<Lead>,
     reconcile_interval_ns: u64,
     /// Pids are here what they are in records.
     pids_are_ours: bool,
@@ -280,6 +282,7 @@ impl State {
             sweeping: false,
             next_sweep_ns: None,
             sweep_pause_ns: 0,
+            swept_leads: FxHashSet::default(),
             reconcile_interval_ns: u64::try_from(options.reconcile_interval.as_nanos())
                 .unwrap_or(u64::MAX),
             pids_are_ours: in_initial_pid_namespace(),
@@ -498,10 +501,20 @@ impl State {
     /// Where namespaces may be that nothing else leads to.
     fn leads(&self) -> FxHashSet<Lead> {
         if self.netns == NetnsSelection::All && self.pids_are_ours {
-            self.table.owners_by_netns()
+            &self.table.owners_by_netns() | &self.swept_leads
         } else {
             FxHashSet::default()
         }
+    }
+
+    /// A namespace that no dump knew of is looked for at once, but only once by the same leads.
+    fn lead(&mut self, leads: FxHashSet<Lead>, now_ns: u64) {
+        let all = self.netns == NetnsSelection::All && self.pids_are_ours;
+        let mut new = leads.difference(&self.swept_leads);
+        if all && new.any(|&(netns, _)| !self.table.lists(netns)) {
+            self.next_full_ns = now_ns;
+        }
+        self.swept_leads = leads;
     }
 
     const fn states(&self, dump: Dump) -> StateMask {
@@ -643,7 +656,7 @@ impl State {
         let (netns, leads) = (self.netns, self.leads());
         let sweep = move || {
             let started_ns = now_ns();
-            let holders = match iterator {
+            let found = match iterator {
                 Some(file) => owner::by_iterator(file?)?,
                 None => {
                     let dump =
@@ -652,7 +665,7 @@ impl State {
                 }
             };
             Ok(Sweep {
-                holders,
+                found,
                 took_ns: now_ns() - started_ns,
             })
         };
@@ -676,8 +689,9 @@ impl State {
                 // What was accepted by then is in the ring.
                 self.drain_to(session, now_ns);
                 let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-                self.table.swept(&sweep.holders, now_ns, tell);
+                self.table.swept(&sweep.found.holders, now_ns, tell);
                 self.streams.flush();
+                self.lead(sweep.found.leads, now_ns);
                 self.sweep_failure.clear();
                 sweep.took_ns
             }

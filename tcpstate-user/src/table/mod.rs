@@ -285,6 +285,12 @@ impl Table {
         }
     }
 
+    /// Whether a dump has covered this network namespace.
+    #[must_use]
+    pub fn lists(&self, netns: u32) -> bool {
+        self.listed.contains(&netns)
+    }
+
     /// Network namespaces that full sockets are in and that no dump has covered.
     #[must_use]
     pub fn unlisted(&self) -> FxHashSet<u32> {
