@@ -109,10 +109,11 @@ impl Table {
             since_ns: first.time_ns,
             seen: true,
         };
-        self.full.insert(
-            self.event_key(second),
-            Full::new(socket, stay, first.time_ns),
-        );
+        let full = Full {
+            begun_ns: first.time_ns,
+            ..Full::new(socket, stay, first.time_ns)
+        };
+        self.full.insert(self.event_key(second), full);
     }
 
     /// The half-open request that became the child, and gave it its cookie.
@@ -183,9 +184,8 @@ impl Table {
             full.missed = false;
             update(&mut full.socket, event);
             own(&mut full.socket, event, container);
-            if full.socket.cookie.is_some() {
-                full.guess = None;
-            }
+            // A socket whose event has no cookie is in no dump yet.
+            full.guess = None;
             if from != to && to != TcpState::CLOSE {
                 full.socket.state = to;
                 full.stay = Stay {
@@ -274,7 +274,13 @@ impl Table {
         });
         // Also where a minisocket takes its place: a dump may have read the full one.
         let ends = self.tuple(&socket);
-        if let Some(closed) = &mut self.closed {
+        // A listener that a dump had read would have a cookie there, and its ends may be others' too.
+        let unread = self.identity == Identity::Address
+            && from == TcpState::LISTEN
+            && socket.cookie.is_none();
+        if let Some(closed) = &mut self.closed
+            && !unread
+        {
             closed.insert(socket.cookie, ends, event.time_ns);
         }
         if gone {
@@ -302,15 +308,17 @@ impl Table {
         let cookie = cookie(event);
         let mut socket = new_socket(event, self.new_id(cookie), cookie);
         socket.state = event.from();
-        if socket.state != TcpState::CLOSE {
-            self.corrections.count(Correction::Event);
-        }
         let stay = Stay {
             since_ns: event.time_ns,
             seen: false,
         };
-        self.full
-            .insert(key, Full::new(socket, stay, event.time_ns));
+        let mut full = Full::new(socket, stay, event.time_ns);
+        if event.from() == TcpState::CLOSE {
+            full.begun_ns = event.time_ns;
+        } else {
+            self.corrections.count(Correction::Event);
+        }
+        self.full.insert(key, full);
     }
 
     /// Makes room for the event's socket: the end of what has its key, or its cookie, was lost.
@@ -409,8 +417,7 @@ impl Table {
             Some(None) => self.end_was_lost(holder, event.time_ns, sink),
             None if guessed => {
                 // The record was not the holder's; one of those that were found beside it is.
-                let beside = self.full.get(holder);
-                let beside = beside.and_then(|full| self.full.found(self.tuple(&full.socket)));
+                let beside = self.full.found_beside(holder);
                 let beside = beside.and_then(|key| Some((key, self.full.get(key)?.cookie()?)));
                 if let Some((beside, _)) = beside {
                     self.rekey(beside, event.sk);
@@ -425,7 +432,10 @@ impl Table {
 
     /// It may be another that is alike.
     fn adopt_by_ends(&mut self, event: &SetState) {
-        let (_, local, remote) = ends(event);
+        let (_, mut local, remote) = ends(event);
+        if event.from() == TcpState::SYN_SENT {
+            local.port = None;
+        }
         if let Some(found) = self.full.found((None, local, remote))
             && !self.full.contains(event.sk)
         {

@@ -177,15 +177,17 @@ impl Corrections {
 #[derive(Debug, Default)]
 struct Closed {
     by_cookie: FxHashMap<u64, u64>,
-    by_ends: FxHashMap<Tuple, u64>,
+    by_ends: FxHashMap<Tuple, Vec<u64>>,
 }
 
 impl Closed {
     fn insert(&mut self, cookie: Option<u64>, ends: Tuple, time_ns: u64) {
         match cookie {
-            Some(cookie) => self.by_cookie.insert(cookie, time_ns),
-            None => self.by_ends.insert(ends, time_ns),
-        };
+            Some(cookie) => {
+                self.by_cookie.insert(cookie, time_ns);
+            }
+            None => self.by_ends.entry(ends).or_default().push(time_ns),
+        }
     }
 }
 

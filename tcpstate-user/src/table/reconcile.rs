@@ -57,7 +57,7 @@ impl Table {
                 seen_full.insert(key);
             }
         }
-        self.learn_joins(&joins);
+        self.learn_joins(&joins, snapshot.started_ns);
         // What events follow is not for a dump of some states to end.
         let doubtful =
             snapshot.states == StateMask::ALL && self.drop_full(snapshot, &seen_full, &mut sink);
@@ -88,15 +88,19 @@ impl Table {
         }
         if self.identity != Identity::Cookie {
             let ends = self.record_ends(record);
-            if let Some(key) = joins.by_ends(&self.full, ends, record) {
+            let mut known = joins.by_ends(&self.full, ends, record);
+            if known.is_none() {
+                if joins.closed.has_ends_of(record, ends) {
+                    return None;
+                }
+                known = joins.unbound(&self.full, ends, record);
+            }
+            if let Some(key) = known {
                 // So that it is known if it comes again.
                 let guess = Some(record.cookie);
                 self.full.change(key, |full| full.guess = guess);
                 self.merge_full(key, record, sink);
                 return Some(key);
-            }
-            if joins.closed.has_ends_of(record, ends) {
-                return None;
             }
         }
         self.corrections.count(Correction::Found);
@@ -104,14 +108,16 @@ impl Table {
     }
 
     /// Makes of guesses what they are worth.
-    fn learn_joins(&mut self, joins: &Joins) {
+    fn learn_joins(&mut self, joins: &Joins, started_ns: u64) {
+        // One record, and one socket, of which the dump must have one.
         let certain = |alike: &&Alike| (alike.entries, alike.records) == (1, 1);
         for alike in joins.alike.values().filter(certain) {
             let Some((key, record)) = alike.joined else {
                 continue;
             };
             self.full.change(key, |full| {
-                if self.identity == Identity::Address && !newer(full.event_ns, &record) {
+                let there = full.begun_ns.saturating_add(STORE_NS) < started_ns;
+                if self.identity == Identity::Address && there && !newer(full.event_ns, &record) {
                     full.guess = None;
                     full.socket.cookie = Some(record.cookie);
                     learn(&mut full.socket, &record);
@@ -406,45 +412,46 @@ struct Joins {
 struct Alike {
     entries: usize,
     records: usize,
-    /// Keys of those that no record stands for yet: what has been quiet the longest is last.
-    left: Vec<u64>,
+    /// When they began, and the keys, of those that no record stands for yet: the oldest is last, for it is the one
+    /// that the dump must show.
+    left: Vec<(u64, u64)>,
     joined: Option<(u64, Record)>,
 }
 
 impl Joins {
     /// The table's entry for a full socket, where only the ends can tell.
     fn by_ends(&mut self, full: &FullSockets, ends: Tuple, record: &Record) -> Option<u64> {
-        let known = self.take(full, ends, record);
-        if known.is_some() || record.state != TcpState::SYN_SENT {
-            return known;
-        }
-        // The event that told of it came before it had a port.
-        let (netns, local, remote) = ends;
-        let unbound = Endpoint {
-            port: None,
-            ..local
-        };
-        self.take(full, (netns, unbound, remote), record)
-    }
-
-    fn take(&mut self, full: &FullSockets, ends: Tuple, record: &Record) -> Option<u64> {
         let alike = self.alike.entry(ends).or_insert_with(|| {
             let nameless = full.nameless(ends);
             let mut left: Vec<(u64, u64)> =
-                nameless.map(|(key, full)| (full.event_ns, key)).collect();
+                nameless.map(|(key, full)| (full.begun_ns, key)).collect();
             left.sort_unstable_by(|one, other| other.cmp(one));
             Alike {
                 entries: left.len(),
                 records: 0,
-                left: left.into_iter().map(|(_, key)| key).collect(),
+                left,
                 joined: None,
             }
         });
         alike.records += 1;
-        let key = alike.left.pop()?;
+        let begun_before = |&mut (begun_ns, _): &mut (u64, u64)| begun_ns <= record.read_ns.1;
+        let (_, key) = alike.left.pop_if(begun_before)?;
         alike.joined = Some((key, *record));
         self.guessed.push(key);
         Some(key)
+    }
+
+    /// The same for a connect, which its port does not tell from others.
+    fn unbound(&mut self, full: &FullSockets, ends: Tuple, record: &Record) -> Option<u64> {
+        let (netns, local, remote) = ends;
+        let local = Endpoint {
+            port: None,
+            ..local
+        };
+        let connects = record.state == TcpState::SYN_SENT;
+        connects
+            .then(|| self.by_ends(full, (netns, local, remote), record))
+            .flatten()
     }
 }
 
@@ -457,13 +464,15 @@ impl Closed {
 
     /// One with the record's ends, and with a cookie that is not known, closed after it was read.
     fn has_ends_of(&mut self, record: &Record, ends: Tuple) -> bool {
-        let closed_ns = self.by_ends.get(&ends);
-        let closed = closed_ns.is_some_and(|&ns| newer(ns, record));
-        if closed && record.state == TcpState::LISTEN {
+        let Some(closed) = self.by_ends.get_mut(&ends) else {
+            return false;
+        };
+        let since = closed.iter().position(|&ns| newer(ns, record));
+        if let (Some(at), TcpState::LISTEN) = (since, record.state) {
             // Others may listen there too: it stands for one record.
-            self.by_ends.remove(&ends);
+            closed.swap_remove(at);
         }
-        closed
+        since.is_some()
     }
 }
 
