@@ -3,9 +3,11 @@
 //! Pure: time comes in with the events, and nothing here knows where they came from. Two doors lead in:
 //! [`Table::apply`] for an event, [`Table::reconcile`] for a dump.
 
+mod adopt;
 mod apply;
 mod fate;
 mod full;
+mod joins;
 mod listeners;
 mod reconcile;
 mod snapshot;
@@ -21,6 +23,7 @@ use tcpstate_common::{SetState, TcpState};
 use crate::model::{ConnectionId, Endpoint, Named, named};
 pub use apply::NoCookie;
 use full::{Full, FullSockets};
+use joins::Closed;
 pub use reconcile::STORE_NS;
 pub use snapshot::{Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
@@ -169,24 +172,6 @@ impl Corrections {
     fn count(&mut self, correction: Correction) {
         if self.begun {
             self.counts[correction as usize] += 1;
-        }
-    }
-}
-
-/// What closed, and when: by cookie, or by its ends where that was not known.
-#[derive(Debug, Default)]
-struct Closed {
-    by_cookie: FxHashMap<u64, u64>,
-    by_ends: FxHashMap<Tuple, Vec<u64>>,
-}
-
-impl Closed {
-    fn insert(&mut self, cookie: Option<u64>, ends: Tuple, time_ns: u64) {
-        match cookie {
-            Some(cookie) => {
-                self.by_cookie.insert(cookie, time_ns);
-            }
-            None => self.by_ends.entry(ends).or_default().push(time_ns),
         }
     }
 }

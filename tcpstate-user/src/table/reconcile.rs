@@ -3,16 +3,16 @@
 //! A dump is not atomic. So an event that is newer than a record wins over it, an older one yields, and a
 //! socket that a dump lacks is taken for gone only if the next dump lacks it too.
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 use tcpstate_common::TcpState;
 
 use super::apply::TIME_WAIT_NS;
-use super::full::FullSockets;
+use super::joins::{Alike, Closed, Joins};
 use super::{
-    Change, Closed, Correction, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket,
-    StateMask, Stay, Table, Tuple,
+    Change, Correction, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket, StateMask,
+    Stay, Table, Tuple,
 };
-use crate::model::{ConnectionId, End, Endpoint, Evidence, Role};
+use crate::model::{ConnectionId, End, Evidence, Role};
 
 /// The event comes before the kernel stores the new state; an interrupt or a stolen CPU may lie between. A
 /// record read this soon after an event may still show the state before it: a first dump waits this long
@@ -397,87 +397,8 @@ impl Table {
     }
 }
 
-/// Which of the table's sockets the records of one dump are.
-#[derive(Default)]
-struct Joins {
-    closed: Closed,
-    /// Of minisockets, by cookie.
-    minis: FxHashMap<u64, u64>,
-    alike: FxHashMap<Tuple, Alike>,
-    /// The keys of full sockets of which only the ends told.
-    guessed: Vec<u64>,
-}
-
-/// Full sockets without a cookie that have the same ends, and the records that do.
-struct Alike {
-    entries: usize,
-    records: usize,
-    /// When they began, and the keys, of those that no record stands for yet: the oldest is last, for it is the one
-    /// that the dump must show.
-    left: Vec<(u64, u64)>,
-    joined: Option<(u64, Record)>,
-}
-
-impl Joins {
-    /// The table's entry for a full socket, where only the ends can tell.
-    fn by_ends(&mut self, full: &FullSockets, ends: Tuple, record: &Record) -> Option<u64> {
-        let alike = self.alike.entry(ends).or_insert_with(|| {
-            let nameless = full.nameless(ends);
-            let mut left: Vec<(u64, u64)> =
-                nameless.map(|(key, full)| (full.begun_ns, key)).collect();
-            left.sort_unstable_by(|one, other| other.cmp(one));
-            Alike {
-                entries: left.len(),
-                records: 0,
-                left,
-                joined: None,
-            }
-        });
-        alike.records += 1;
-        let begun_before = |&mut (begun_ns, _): &mut (u64, u64)| begun_ns <= record.read_ns.1;
-        let (_, key) = alike.left.pop_if(begun_before)?;
-        alike.joined = Some((key, *record));
-        self.guessed.push(key);
-        Some(key)
-    }
-
-    /// The same for a connect, which its port does not tell from others.
-    fn unbound(&mut self, full: &FullSockets, ends: Tuple, record: &Record) -> Option<u64> {
-        let (netns, local, remote) = ends;
-        let local = Endpoint {
-            port: None,
-            ..local
-        };
-        let connects = record.state == TcpState::SYN_SENT;
-        connects
-            .then(|| self.by_ends(full, (netns, local, remote), record))
-            .flatten()
-    }
-}
-
-impl Closed {
-    /// The record's socket closed after it was read.
-    fn has_cookie_of(&self, record: &Record) -> bool {
-        let closed_ns = self.by_cookie.get(&record.cookie);
-        closed_ns.is_some_and(|&ns| newer(ns, record))
-    }
-
-    /// One with the record's ends, and with a cookie that is not known, closed after it was read.
-    fn has_ends_of(&mut self, record: &Record, ends: Tuple) -> bool {
-        let Some(closed) = self.by_ends.get_mut(&ends) else {
-            return false;
-        };
-        let since = closed.iter().position(|&ns| newer(ns, record));
-        if let (Some(at), TcpState::LISTEN) = (since, record.state) {
-            // Others may listen there too: it stands for one record.
-            closed.swap_remove(at);
-        }
-        since.is_some()
-    }
-}
-
 /// Whether an event, or the store of its state, may have come after the record was read.
-const fn newer(event_ns: u64, record: &Record) -> bool {
+pub(super) const fn newer(event_ns: u64, record: &Record) -> bool {
     event_ns.saturating_add(STORE_NS) >= record.read_ns.0
 }
 
