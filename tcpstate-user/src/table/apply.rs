@@ -115,10 +115,11 @@ impl Table {
             since_ns: first.time_ns,
             seen: true,
         };
-        self.full.insert(
-            self.event_key(second),
-            Full::new(socket, stay, first.time_ns),
-        );
+        let full = Full {
+            begun_ns: first.time_ns,
+            ..Full::new(socket, stay, first.time_ns)
+        };
+        self.full.insert(self.event_key(second), full);
     }
 
     /// The half-open request that became the child, and gave it its cookie.
@@ -147,7 +148,7 @@ impl Table {
         }
     }
 
-    const fn event_key(&self, event: &SetState) -> u64 {
+    pub(super) const fn event_key(&self, event: &SetState) -> u64 {
         match self.identity {
             Identity::Cookie => event.cookie,
             Identity::Address | Identity::AddressWithoutNetns => event.sk,
@@ -188,9 +189,8 @@ impl Table {
             full.missed = false;
             update(&mut full.socket, event);
             own(&mut full.socket, event, container);
-            if full.socket.cookie.is_some() {
-                full.guess = None;
-            }
+            // A socket whose event has no cookie is in no dump yet.
+            full.guess = None;
             if from != to && to != TcpState::CLOSE {
                 full.socket.state = to;
                 full.stay = Stay {
@@ -287,7 +287,13 @@ impl Table {
         });
         // Also where a minisocket takes its place: a dump may have read the full one.
         let ends = self.tuple(&socket);
-        if let Some(closed) = &mut self.closed {
+        // A listener that a dump had read would have a cookie there, and its ends may be others' too.
+        let unread = self.identity == Identity::Address
+            && from == TcpState::LISTEN
+            && socket.cookie.is_none();
+        if let Some(closed) = &mut self.closed
+            && !unread
+        {
             closed.insert(socket.cookie, ends, event.time_ns);
         }
         if gone {
@@ -315,49 +321,17 @@ impl Table {
         let cookie = cookie(event);
         let mut socket = new_socket(event, self.new_id(cookie), cookie);
         socket.state = event.from();
-        if socket.state != TcpState::CLOSE {
-            self.corrections.count(Correction::Event);
-        }
         let stay = Stay {
             since_ns: event.time_ns,
             seen: false,
         };
-        self.full
-            .insert(key, Full::new(socket, stay, event.time_ns));
-    }
-
-    /// Makes room for the event's socket: the end of what has its key, or its cookie, was lost.
-    fn vacate(&mut self, event: &SetState, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
-        self.end_was_lost(self.event_key(event), time_ns, sink);
-        if let Some(key) = self.holder(event.cookie) {
-            self.end_was_lost(key, time_ns, sink);
+        let mut full = Full::new(socket, stay, event.time_ns);
+        if event.from() == TcpState::CLOSE {
+            full.begun_ns = event.time_ns;
+        } else {
+            self.corrections.count(Correction::Event);
         }
-    }
-
-    /// What has the cookie of an event's socket. Who only seemed to have it loses it.
-    fn holder(&mut self, cookie: u64) -> Option<u64> {
-        let key = self.full.with_cookie(cookie)?;
-        let guessed = self.full.change(key, |full| full.guess.take().is_some())?;
-        (!guessed).then_some(key)
-    }
-
-    fn end_was_lost(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
-        let Some(stale) = self.full.remove(key) else {
-            return;
-        };
-        self.corrections.count(Correction::Event);
-        self.generations.closed(stale.socket.id);
-        sink(&Change {
-            time_ns,
-            socket: &stale.socket,
-            kernel: None,
-            shown: None,
-            dwell: Dwell::Unknown(Discard::Lost),
-            evidence: Evidence::Inferred,
-            end: None,
-            before: Some(Place::of(&stale.socket)),
-            after: None,
-        });
+        self.full.insert(key, full);
     }
 
     /// A socket has these ends now: the timewait socket that had them before was taken out of its way, without a word
@@ -381,95 +355,10 @@ impl Table {
             ..gone_change(time_ns, &socket, before, mini_end(before.state))
         });
     }
-
-    /// Where the address is the key: what a dump found gets it from its first event.
-    fn adopt(&mut self, event: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
-        match self.identity {
-            Identity::Cookie => {}
-            // The dump that found it had the kernel make a cookie.
-            Identity::Address => self.adopt_by_cookie(event, sink),
-            Identity::AddressWithoutNetns => self.adopt_by_ends(event),
-        }
-    }
-
-    fn adopt_by_cookie(&mut self, event: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
-        let Some(its) = cookie(event) else {
-            return;
-        };
-        let is_another = |cookie| cookie != its;
-        let known = self.full.get(event.sk);
-        if known.is_some_and(|known| known.socket.cookie.is_some_and(is_another)) {
-            self.end_was_lost(event.sk, event.time_ns, sink);
-        }
-        let holder = self.full.with_cookie(its);
-        let Some(holder) = holder.filter(|&holder| holder != event.sk) else {
-            return;
-        };
-        let guessed = self
-            .full
-            .get(holder)
-            .is_some_and(|full| full.guess.is_some());
-        match self.full.get(event.sk).map(|known| known.guess) {
-            // A dump showed two that are alike, and they were taken for each other.
-            Some(Some(guess)) => {
-                self.full.change(event.sk, |full| full.guess = None);
-                self.rename(holder, guess);
-            }
-            Some(None) if guessed => {
-                self.full.change(holder, |full| full.guess = None);
-            }
-            // A dump showed it, and did not meet its events.
-            Some(None) => self.end_was_lost(holder, event.time_ns, sink),
-            None if guessed => {
-                // The record was not the holder's; one of those that were found beside it is.
-                let beside = self.full.get(holder);
-                let beside = beside.and_then(|full| self.full.found(self.tuple(&full.socket)));
-                let beside = beside.and_then(|key| Some((key, self.full.get(key)?.cookie()?)));
-                if let Some((beside, _)) = beside {
-                    self.rekey(beside, event.sk);
-                    self.rename(event.sk, its);
-                }
-                let guess = beside.map(|(_, cookie)| cookie);
-                self.full.change(holder, |full| full.guess = guess);
-            }
-            None => self.rekey(holder, event.sk),
-        }
-    }
-
-    /// It may be another that is alike.
-    fn adopt_by_ends(&mut self, event: &SetState) {
-        let (_, local, remote) = ends(event);
-        if let Some(found) = self.full.found((None, local, remote))
-            && !self.full.contains(event.sk)
-        {
-            self.rekey(found, event.sk);
-        }
-    }
-
-    fn rekey(&mut self, from: u64, to: u64) {
-        if let Some(full) = self.full.remove(from) {
-            self.full.insert(to, full);
-        }
-    }
-
-    /// It had the cookie of one that is alike.
-    fn rename(&mut self, key: u64, cookie: u64) {
-        self.full.change(key, |full| {
-            if full.guess.is_some() {
-                full.guess = Some(cookie);
-            } else {
-                full.socket.cookie = Some(cookie);
-                if full.socket.state == TcpState::SYN_SENT {
-                    // So was the port.
-                    full.socket.local.port = None;
-                }
-            }
-        });
-    }
 }
 
 /// Where each event should have one, that of the socket; else where the kernel has made one.
-fn cookie(event: &SetState) -> Option<u64> {
+pub(super) fn cookie(event: &SetState) -> Option<u64> {
     (event.cookie != 0).then_some(event.cookie)
 }
 
@@ -582,7 +471,7 @@ fn own_by(socket: &mut Socket, known: Option<Known>) {
 }
 
 /// Family and both ends as the contract writes them. A listener has no remote end.
-fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
+pub(super) fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
     let local = addr(event.local_addr);
     let remote = addr(event.remote_addr);
     let v4 = event.family == AF_INET || remote.is_ipv4();

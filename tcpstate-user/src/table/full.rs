@@ -17,6 +17,8 @@ use crate::model::Endpoint;
 pub(super) struct Full {
     pub(super) socket: Socket,
     pub(super) stay: Stay,
+    /// When its beginning was seen; 0 where that was not.
+    pub(super) begun_ns: u64,
     /// Time of its newest event; 0 for one that only a dump has shown.
     pub(super) event_ns: u64,
     /// The last dump that covers it lacked it.
@@ -32,6 +34,7 @@ impl Full {
         Self {
             socket,
             stay,
+            begun_ns: 0,
             event_ns,
             missed: false,
             guess: None,
@@ -54,7 +57,7 @@ pub(super) struct FullSockets {
     listeners: Listeners,
     /// Where the cookie is not the key: the keys of those whose cookie is known, or guessed.
     by_cookie: FxHashMap<u64, u64>,
-    /// The same for ends, which several can share: listeners by SO_REUSEPORT, connects that have no port yet.
+    /// The same for ends, which several can share: listeners by SO_REUSEPORT, connects, whose port does not count.
     by_ends: BTreeSet<(Tuple, u64)>,
 }
 
@@ -74,9 +77,18 @@ impl Found {
         Self {
             listens: listens.then_some((socket.netns, socket.local)),
             cookie: full.cookie().filter(|_| !by_key),
-            ends: (!by_key).then(|| identity.tuple(socket.netns, socket.local, socket.remote)),
+            ends: (!by_key).then(|| alike(identity, socket)),
         }
     }
+}
+
+/// A connect is told before it has a port: by its ends it is one of those to the same address.
+fn alike(identity: Identity, socket: &Socket) -> Tuple {
+    let mut local = socket.local;
+    if socket.state == TcpState::SYN_SENT {
+        local.port = None;
+    }
+    identity.tuple(socket.netns, local, socket.remote)
 }
 
 impl FullSockets {
@@ -179,6 +191,11 @@ impl FullSockets {
     pub(super) fn found(&self, ends: Tuple) -> Option<u64> {
         let mut alike = self.with_ends(ends);
         alike.find_map(|(key, full)| (full.event_ns == 0).then_some(key))
+    }
+
+    /// The same for the ends of a socket.
+    pub(super) fn found_beside(&self, key: u64) -> Option<u64> {
+        self.found(alike(self.identity, &self.get(key)?.socket))
     }
 
     fn with_ends(&self, ends: Tuple) -> impl Iterator<Item = (u64, &Full)> {

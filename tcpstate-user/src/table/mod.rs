@@ -1,12 +1,14 @@
 //! The table of sockets: turns the kernel's events and dumps into what happened, and says how it knows.
 //!
 //! Pure: time comes in with the events, and nothing here knows where they came from. The doors are
-//! [`Table::apply`], [`Table::accepted`] and [`Table::time_wait`] for events, [`Table::reconcile`] for a dump of the sockets, and
+//! [`Table::apply`], [`Table::accepted`] and [`Table::time_wait`] for events, [`Table::reconcile`] for a dump of sockets, and
 //! [`Table::swept`] for one of who holds them.
 
+mod adopt;
 mod apply;
 mod fate;
 mod full;
+mod joins;
 mod listeners;
 mod owners;
 mod reconcile;
@@ -24,6 +26,7 @@ use tcpstate_common::{SetState, TcpState};
 use crate::model::{Comm, ConnectionId, Endpoint, Evidence, Named, ProcessId, named};
 pub use apply::NoCookie;
 use full::{Full, FullSockets};
+use joins::Closed;
 use owners::Owners;
 pub use reconcile::STORE_NS;
 pub use snapshot::{Holder, Record, Snapshot, StateMask, Unreachable};
@@ -156,8 +159,6 @@ pub struct Table {
     listed: FxHashSet<u32>,
     /// While a dump is under way: what closed since it began.
     closed: Option<Closed>,
-    /// The same of timewait sockets that ended, by cookie.
-    ended: Option<FxHashMap<u64, u64>>,
     own_numbers: u64,
     newest_ns: u64,
     /// Stays that began no later than this may have lost events.
@@ -180,22 +181,6 @@ impl Corrections {
     }
 }
 
-/// What closed, and when: by cookie, or by its ends where that was not known.
-#[derive(Debug, Default)]
-struct Closed {
-    by_cookie: FxHashMap<u64, u64>,
-    by_ends: FxHashMap<Tuple, u64>,
-}
-
-impl Closed {
-    fn insert(&mut self, cookie: Option<u64>, ends: Tuple, time_ns: u64) {
-        match cookie {
-            Some(cookie) => self.by_cookie.insert(cookie, time_ns),
-            None => self.by_ends.insert(ends, time_ns),
-        };
-    }
-}
-
 impl Table {
     #[must_use]
     pub fn new(identity: Identity) -> Self {
@@ -210,7 +195,6 @@ impl Table {
             generations: Generations::default(),
             listed: FxHashSet::default(),
             closed: None,
-            ended: None,
             own_numbers: 0,
             newest_ns: 0,
             lost_until_ns: 0,

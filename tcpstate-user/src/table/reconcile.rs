@@ -3,16 +3,16 @@
 //! A dump is not atomic. So an event that is newer than a record wins over it, an older one yields, and a
 //! socket that a dump lacks is taken for gone only if the next dump lacks it too.
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 use tcpstate_common::TcpState;
 
 use super::apply::TIME_WAIT_NS;
-use super::full::FullSockets;
+use super::joins::{Alike, Closed, Joins};
 use super::{
-    Change, Closed, Correction, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket,
-    StateMask, Stay, Table, Tuple,
+    Change, Correction, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket, StateMask,
+    Stay, Table, Tuple,
 };
-use crate::model::{ConnectionId, End, Endpoint, Evidence, Role};
+use crate::model::{ConnectionId, End, Evidence, Role};
 
 /// The event comes before the kernel stores the new state; an interrupt or a stolen CPU may lie between. A
 /// record read this soon after an event may still show the state before it: a first dump waits this long
@@ -23,13 +23,11 @@ impl Table {
     /// To be called before a dump begins: from now on the table remembers what closes.
     pub fn snapshot_begins(&mut self) {
         self.closed = Some(Closed::default());
-        self.ended = Some(FxHashMap::default());
     }
 
     /// The dump that had begun failed.
     pub fn snapshot_failed(&mut self) {
         self.closed = None;
-        self.ended = None;
     }
 
     /// Merges a dump. All events up to its end must have been applied.
@@ -37,10 +35,8 @@ impl Table {
     /// Tells whether it lacked a full socket for the first time: the next dump decides.
     pub fn reconcile(&mut self, snapshot: &Snapshot, mut sink: impl FnMut(&Change<'_>)) -> bool {
         let closed = self.closed.take().unwrap_or_default();
-        let ended = self.ended.take().unwrap_or_default();
         let mut joins = Joins {
             closed,
-            ended,
             minis: self
                 .mini
                 .iter()
@@ -61,7 +57,7 @@ impl Table {
                 seen_full.insert(key);
             }
         }
-        self.learn_joins(&joins);
+        self.learn_joins(&joins, snapshot.started_ns);
         // What events follow is not for a dump of some states to end.
         let doubtful =
             snapshot.states == StateMask::ALL && self.drop_full(snapshot, &seen_full, &mut sink);
@@ -98,15 +94,19 @@ impl Table {
         }
         if self.identity != Identity::Cookie {
             let ends = self.record_ends(record);
-            if let Some(key) = joins.by_ends(&self.full, ends, record) {
+            let mut known = joins.by_ends(&self.full, ends, record);
+            if known.is_none() {
+                if joins.closed.has_ends_of(record, ends) {
+                    return None;
+                }
+                known = joins.unbound(&self.full, ends, record);
+            }
+            if let Some(key) = known {
                 // So that it is known if it comes again.
                 let guess = Some(record.cookie);
                 self.full.change(key, |full| full.guess = guess);
                 self.merge_full(key, record, sink);
                 return Some(key);
-            }
-            if joins.closed.has_ends_of(record, ends) {
-                return None;
             }
         }
         self.corrections.count(Correction::Found);
@@ -114,14 +114,16 @@ impl Table {
     }
 
     /// Makes of guesses what they are worth.
-    fn learn_joins(&mut self, joins: &Joins) {
+    fn learn_joins(&mut self, joins: &Joins, started_ns: u64) {
+        // One record, and one socket, of which the dump must have one.
         let certain = |alike: &&Alike| (alike.entries, alike.records) == (1, 1);
         for alike in joins.alike.values().filter(certain) {
             let Some((key, record)) = alike.joined else {
                 continue;
             };
             self.full.change(key, |full| {
-                if self.identity == Identity::Address && !newer(full.event_ns, &record) {
+                let there = full.begun_ns.saturating_add(STORE_NS) < started_ns;
+                if self.identity == Identity::Address && there && !newer(full.event_ns, &record) {
                     full.guess = None;
                     full.socket.cookie = Some(record.cookie);
                     learn(&mut full.socket, &record);
@@ -244,8 +246,7 @@ impl Table {
             let key = self.demote(key)?;
             return Some(self.merge_mini(record, Some(key), sink));
         }
-        let ended = joins.ended.get(&record.cookie);
-        if ended.is_some_and(|&ended_ns| newer(ended_ns, record)) {
+        if joins.closed.has_timewait_of(record) {
             return None;
         }
         let known = joins.minis.get(&record.cookie).copied().or_else(|| {
@@ -405,86 +406,8 @@ impl Table {
     }
 }
 
-/// Which of the table's sockets the records of one dump are.
-#[derive(Default)]
-struct Joins {
-    closed: Closed,
-    /// When timewait sockets ended, by cookie.
-    ended: FxHashMap<u64, u64>,
-    /// Of minisockets, by cookie.
-    minis: FxHashMap<u64, u64>,
-    alike: FxHashMap<Tuple, Alike>,
-    /// The keys of full sockets of which only the ends told.
-    guessed: Vec<u64>,
-}
-
-/// Full sockets without a cookie that have the same ends, and the records that do.
-struct Alike {
-    entries: usize,
-    records: usize,
-    /// Keys of those that no record stands for yet: what has been quiet the longest is last.
-    left: Vec<u64>,
-    joined: Option<(u64, Record)>,
-}
-
-impl Joins {
-    /// The table's entry for a full socket, where only the ends can tell.
-    fn by_ends(&mut self, full: &FullSockets, ends: Tuple, record: &Record) -> Option<u64> {
-        let known = self.take(full, ends, record);
-        if known.is_some() || record.state != TcpState::SYN_SENT {
-            return known;
-        }
-        // The event that told of it came before it had a port.
-        let (netns, local, remote) = ends;
-        let unbound = Endpoint {
-            port: None,
-            ..local
-        };
-        self.take(full, (netns, unbound, remote), record)
-    }
-
-    fn take(&mut self, full: &FullSockets, ends: Tuple, record: &Record) -> Option<u64> {
-        let alike = self.alike.entry(ends).or_insert_with(|| {
-            let nameless = full.nameless(ends);
-            let mut left: Vec<(u64, u64)> =
-                nameless.map(|(key, full)| (full.event_ns, key)).collect();
-            left.sort_unstable_by(|one, other| other.cmp(one));
-            Alike {
-                entries: left.len(),
-                records: 0,
-                left: left.into_iter().map(|(_, key)| key).collect(),
-                joined: None,
-            }
-        });
-        alike.records += 1;
-        let key = alike.left.pop()?;
-        alike.joined = Some((key, *record));
-        self.guessed.push(key);
-        Some(key)
-    }
-}
-
-impl Closed {
-    /// The record's socket closed after it was read.
-    fn has_cookie_of(&self, record: &Record) -> bool {
-        let closed_ns = self.by_cookie.get(&record.cookie);
-        closed_ns.is_some_and(|&ns| newer(ns, record))
-    }
-
-    /// One with the record's ends, and with a cookie that is not known, closed after it was read.
-    fn has_ends_of(&mut self, record: &Record, ends: Tuple) -> bool {
-        let closed_ns = self.by_ends.get(&ends);
-        let closed = closed_ns.is_some_and(|&ns| newer(ns, record));
-        if closed && record.state == TcpState::LISTEN {
-            // Others may listen there too: it stands for one record.
-            self.by_ends.remove(&ends);
-        }
-        closed
-    }
-}
-
 /// Whether an event, or the store of its state, may have come after the record was read.
-const fn newer(event_ns: u64, record: &Record) -> bool {
+pub(super) const fn newer(event_ns: u64, record: &Record) -> bool {
     event_ns.saturating_add(STORE_NS) >= record.read_ns.0
 }
 

@@ -68,8 +68,8 @@ impl Table {
         else {
             return;
         };
-        if let Some(ended) = &mut self.ended {
-            ended.insert(event.cookie, event.time_ns);
+        if let Some(closed) = &mut self.closed {
+            closed.timewait.insert(event.cookie, event.time_ns);
         }
         let before = Place::of(&socket);
         socket.state = TcpState::CLOSE;

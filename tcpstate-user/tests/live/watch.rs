@@ -240,7 +240,8 @@ fn a_closed_pipe_ends_it_quietly() {
         let listener = Tcp::listening(LOOPBACK, 8);
         let mut status = None;
         until("it has seen that nobody reads", || {
-            drop(Tcp::connected(listener.local()));
+            let client = Tcp::connected(listener.local());
+            drop((client, listener.accept()));
             status = child.try_wait().expect("our child");
             status.is_some()
         });
