@@ -8,7 +8,7 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
-use super::owners::{Known, as_listener};
+use super::owners::{Known, as_listener, own_by};
 use super::reconcile::{gone_change, mini_end};
 use super::{
     Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
@@ -84,7 +84,7 @@ impl Table {
         let mut socket = new_socket(second, id, cookie);
         socket.state = TcpState::SYN_RECV;
         socket.role = Some(Role::Passive);
-        let accepted = self.owners.accepted_early(key);
+        let accepted = self.owners.accepted_early(key, first.time_ns);
         let known = accepted.or_else(|| self.listener_of(first, &socket));
         own_by(&mut socket, known);
         let before = self.take_request(&socket).as_ref().map(Place::of);
@@ -183,6 +183,8 @@ impl Table {
         full.event_ns = event.time_ns;
         full.missed = false;
         update(&mut full.socket, event);
+        let since_ns = if opening { event.time_ns } else { 0 };
+        own_by(&mut full.socket, self.owners.accepted_early(key, since_ns));
         own(&mut full.socket, event, container);
         if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
             // Its port is known now.
@@ -489,13 +491,6 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
         source,
     });
     socket.container = container.cloned();
-}
-
-fn own_by(socket: &mut Socket, known: Option<Known>) {
-    if let Some((owner, container)) = known {
-        socket.owner = Some(owner);
-        socket.container = container;
-    }
 }
 
 /// Family and both ends as the contract writes them. A listener has no remote end.

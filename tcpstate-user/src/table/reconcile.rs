@@ -7,6 +7,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::TcpState;
 
 use super::apply::TIME_WAIT_NS;
+use super::owners::own_by;
 use super::{
     Change, Correction, DumpKey, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket,
     Stay, Table,
@@ -162,7 +163,7 @@ impl Table {
     /// Takes in a full socket that no event has shown.
     fn found(&mut self, record: &Record, sink: &mut impl FnMut(&Change<'_>)) -> u64 {
         let id = self.new_id((self.identity == Identity::Cookie).then_some(record.cookie));
-        let socket = found_socket(record, id);
+        let mut socket = found_socket(record, id);
         let key = match self.identity {
             Identity::Cookie => record.cookie,
             Identity::Address | Identity::AddressWithoutNetns => {
@@ -171,6 +172,7 @@ impl Table {
                 key
             }
         };
+        own_by(&mut socket, self.owners.accepted_early(key, 0));
         sink(&found_change(record, &socket));
         if record.state == TcpState::LISTEN {
             self.listeners.insert(key, &socket);

@@ -1,5 +1,7 @@
 //! The table against scripts of events, and against a kernel in miniature whose dumps are not atomic.
 
+mod owners;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -11,7 +13,7 @@ use tcpstate_common::event::{
 use zerocopy::FromZeros as _;
 
 use super::{
-    Change, Discard, Dwell, Identity, Place, Record, STORE_NS, Snapshot, StateMask, Table,
+    Change, Discard, Dwell, Identity, Place, Record, STORE_NS, Snapshot, Socket, StateMask, Table,
     Unreachable,
 };
 use crate::model::{Comm, End, Endpoint, Evidence, Family, OwnerSource, Role};
