@@ -23,14 +23,14 @@ use crate::tracer::product;
 const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A daemon in the calling thread's network namespace, which sees only that.
-struct Daemon {
+pub struct Daemon {
     child: Child,
     socket: PathBuf,
     _folder: TempDir,
 }
 
 impl Daemon {
-    fn start(arguments: &[&str]) -> Self {
+    pub fn start(arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let socket = folder.path().join("socket");
         let mut child = Command::new(product())
@@ -70,7 +70,15 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
-    fn metrics(&self) -> Metrics {
+    /// The lines of `/v1/events` from now on, after a head.
+    pub fn events(&self) -> UnixStream {
+        let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
+        let request = "GET /v1/events HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        write!(connection, "{request}").expect("sent");
+        connection
+    }
+
+    pub fn metrics(&self) -> Metrics {
         let (status, page) = self.get("/metrics");
         assert_eq!(status, 200, "{page}");
         let series = page.lines().filter(|line| !line.starts_with('#'));
@@ -94,10 +102,10 @@ impl Drop for Daemon {
     }
 }
 
-struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(pub BTreeMap<String, f64>);
 
 impl Metrics {
-    fn get(&self, series: &str) -> f64 {
+    pub fn get(&self, series: &str) -> f64 {
         *self.0.get(series).unwrap_or_else(|| panic!("no {series}"))
     }
 
@@ -108,13 +116,13 @@ impl Metrics {
         names.map(|name| self.0[name]).sum()
     }
 
-    fn state(&self, state: &str) -> f64 {
+    pub fn state(&self, state: &str) -> f64 {
         self.get(&format!("tcpstate_sockets{{state=\"{state}\"}}"))
     }
 }
 
 /// Runs in a network namespace of its own: the thread's.
-fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
+pub fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
     let run = || test(sys::new_namespace().expect("network namespaces need root"));
     thread::spawn(run)
         .join()

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
+use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// Moves the calling thread into a network namespace of its own, with loopback up, and gives its inode.
@@ -349,6 +350,14 @@ impl Fork {
             }
             pid => Ok(Self { pid: pid as u32 }),
         }
+    }
+
+    /// How it ended; `None` while it lives.
+    pub fn ended(&self) -> Option<WaitIdStatus> {
+        let pid = Pid::from_raw(self.pid as i32).expect("a child's pid");
+        // It is waited for when it is dropped.
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(pid), look).expect("our child")
     }
 }
 
