@@ -10,6 +10,7 @@ mod attribution;
 mod daemon;
 mod judge;
 mod lab;
+mod owners;
 mod record;
 mod scenarios;
 mod six;
