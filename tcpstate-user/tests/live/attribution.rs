@@ -71,12 +71,6 @@ fn is_long(port: u16) -> bool {
     port >= FIRST_LONG
 }
 
-/// Ends a forked process that can't go on: its test says so.
-fn fail() -> ! {
-    // SAFETY: ends the process at once.
-    unsafe { libc::_exit(1) }
-}
-
 /// Accepts, tells `truth` that it did, says so to the client, and holds the connection until that wants its end.
 fn work(name: &CString, listeners: &[Tcp; 4], truth: &OwnedFd) -> Option<()> {
     rustix::thread::set_name(name).ok()?;
@@ -228,9 +222,7 @@ impl Named {
     ) -> Self {
         let text = CString::new(name.clone()).expect("no NUL");
         let fork = Fork::new(keep, || {
-            if work(&text).is_none() {
-                fail();
-            }
+            work(&text).expect("no system call fails");
         });
         Self {
             fork: fork.expect("a process"),

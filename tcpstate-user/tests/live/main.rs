@@ -15,6 +15,7 @@ mod record;
 mod scenarios;
 mod six;
 mod sockets;
+mod sweep;
 mod sys;
 mod tracer;
 mod vm;
