@@ -4,19 +4,20 @@
 //! takes one port after the other: so a line of the stream tells by its addresses who must own the socket.
 
 use std::collections::BTreeMap;
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Read;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
+use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{Timespec, epoll};
 use rustix::net::{RecvFlags, SendFlags, SocketFlags, sockopt};
-use rustix::process::{Signal, getpid, kill_process};
+use rustix::process::{Pid, Signal, getpid, kill_process};
 use serde_json::Value;
 
 use crate::daemon::{Daemon, Metrics, in_namespace};
@@ -28,6 +29,8 @@ const WORKERS: u32 = 4;
 const CLIENTS: u16 = 8;
 /// Short connections, all together; on an emulated machine fewer.
 const SHORT: &str = "TCPSTATE_CONNECTIONS";
+/// Names the program `tcpstates` of libbpf-tools, to have what it makes of the same load printed.
+const BESIDE: &str = "TCPSTATE_BESIDE";
 /// Of a hundred short ones one lasts until the sweeps have seen it.
 const SHORT_FOR_A_LONG: u16 = 100;
 
@@ -317,43 +320,137 @@ impl Score {
     }
 }
 
-/// The lines of this test's sockets by side and connection: the server's is true.
-fn told(lines: &[Value], truth: &Truth) -> BTreeMap<(bool, Client), Told> {
-    let mut sockets: BTreeMap<(bool, Client), Told> = BTreeMap::new();
-    let end = |line: &Value, side: &str| {
-        let address = line[format!("{side}_addr")].as_str()?;
-        let port = line[format!("{side}_port")].as_u64()? as u16;
+/// A socket of this test's: whether it is the server's, and its connection.
+type Side = (bool, Client);
+
+/// By address and port of both ends.
+fn side(local: (&str, u16), remote: (&str, u16)) -> Option<Side> {
+    let client = |(address, port): (&str, u16)| {
         let address: Ipv4Addr = address.parse().ok()?;
         Some((address.octets()[3], port))
     };
+    let listens = |port| (FIRST_LISTENER..FIRST_LISTENER + 4).contains(&port);
+    if listens(local.1) && remote.1 >= FIRST_SHORT {
+        Some((true, client(remote)?))
+    } else if listens(remote.1) && local.1 >= FIRST_SHORT {
+        Some((false, client(local)?))
+    } else {
+        None
+    }
+}
+
+impl Truth {
+    fn holder(&self, (server, client): Side) -> Option<u64> {
+        let holders = if server { &self.workers } else { &self.clients };
+        holders.get(&client).copied().map(u64::from)
+    }
+}
+
+fn told(lines: &[Value], truth: &Truth) -> BTreeMap<Side, Told> {
+    let mut sockets: BTreeMap<Side, Told> = BTreeMap::new();
     for line in lines.iter().filter(|line| line["type"] == "transition") {
-        let (Some(local), Some(remote)) = (end(line, "local"), end(line, "remote")) else {
+        let end = |side: &str| {
+            let port = line[format!("{side}_port")].as_u64()? as u16;
+            Some((line[format!("{side}_addr")].as_str()?, port))
+        };
+        let Some(side) = end("local")
+            .zip(end("remote"))
+            .and_then(|(local, remote)| side(local, remote))
+        else {
             continue;
         };
-        let listeners = FIRST_LISTENER..FIRST_LISTENER + 4;
-        let (server, client) = match (listeners.contains(&local.1), listeners.contains(&remote.1)) {
-            (true, false) => (true, remote),
-            (false, true) => (false, local),
-            _ => continue,
-        };
-        let told = sockets.entry((server, client)).or_default();
+        let told = sockets.entry(side).or_default();
         told.pid = line["pid"].as_u64();
         told.comm = line["comm"].as_str().map(str::to_owned);
-        line["owner_source"]
-            .as_str()
-            .expect("text")
-            .clone_into(&mut told.source);
-        let holders = if server {
-            &truth.workers
-        } else {
-            &truth.clients
-        };
-        let holder = holders.get(&client).copied().map(u64::from);
-        if told.pid.is_some() && told.pid != holder && told.source != "listener" {
+        let source = line["owner_source"].as_str().expect("text");
+        source.clone_into(&mut told.source);
+        if told.pid.is_some() && told.pid != truth.holder(side) && source != "listener" {
             told.strangers += 1;
         }
     }
     sockets
+}
+
+/// The `tcpstates` of libbpf-tools on the same load.
+struct Beside {
+    child: Child,
+    lines: Kept,
+}
+
+impl Beside {
+    fn start(program: &OsStr) -> Self {
+        sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
+        let mut child = Command::new(program)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the program that is named starts");
+        let lines = Kept::new(child.stdout.take().expect("piped"));
+        // It says nothing when it has attached.
+        thread::sleep(Duration::from_secs(2));
+        Self { child, lines }
+    }
+
+    /// Prints how often its process held the socket: at all transitions, and at the last.
+    fn print(mut self, truth: &Truth) {
+        let pid = Pid::from_child(&self.child);
+        kill_process(pid, Signal::INT).expect("our child");
+        self.child.wait().expect("our child");
+        self.lines.quiet();
+        let text = String::from_utf8_lossy(&self.lines.take()).into_owned();
+        let (mut all, mut right) = (0, 0);
+        let mut last: BTreeMap<Side, bool> = BTreeMap::new();
+        for line in text.lines() {
+            // A name may have spaces.
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let [_, pid, .., from, from_port, to, to_port, _, "->", _, _] = fields[..] else {
+                continue;
+            };
+            let ends = from_port.parse().ok().zip(to_port.parse().ok());
+            let Some(side) = ends.and_then(|ends| side((from, ends.0), (to, ends.1))) else {
+                continue;
+            };
+            let is_right = truth.holder(side) == pid.parse().ok();
+            all += 1;
+            right += u32::from(is_right);
+            last.insert(side, is_right);
+        }
+        let share = |right: u32, all: u32| 100.0 * f64::from(right) / f64::from(all);
+        println!(
+            "tcpstates: {right} of {all} lines right ({:.2} %)",
+            share(right, all)
+        );
+        let mut scores: BTreeMap<Kind, (u32, u32)> = BTreeMap::new();
+        for (side, is_right) in last {
+            let (right, all) = scores.entry(kind(side)).or_default();
+            *right += u32::from(is_right);
+            *all += 1;
+        }
+        for (kind, (right, all)) in scores {
+            println!(
+                "tcpstates, last line: {}: {right} of {all} right ({:.2} %)",
+                in_words(kind),
+                share(right, all)
+            );
+        }
+    }
+}
+
+/// The server's, a long one, how it ends.
+type Kind = (bool, bool, End);
+
+fn kind((server, (_, port)): Side) -> Kind {
+    let (long, place) = if is_long(port) {
+        (true, (port - FIRST_LONG) % 4)
+    } else {
+        (false, (port - FIRST_SHORT) / PORTS_OF_AN_END)
+    };
+    (server, long, ENDS[usize::from(place)])
+}
+
+fn in_words((server, long, end): Kind) -> String {
+    let side = if server { "server" } else { "client" };
+    let length = if long { "long" } else { "short" };
+    format!("{side} {length} {end:?}")
 }
 
 /// On the kernel that we develop on fexit does not load.
@@ -389,6 +486,7 @@ pub fn prefork_server() {
         let daemon = Daemon::start(&[]);
         let accepts = sees_accepts(&daemon.metrics());
         let stream = Kept::new(daemon.events());
+        let beside = std::env::var_os(BESIDE).map(|program| Beside::start(&program));
         let listeners = ENDS.map(|end| {
             let listener = Tcp::new(Ipv4Addr::LOCALHOST.into());
             rustix::net::bind(&listener.fd, &listener_of(end)).expect("bind");
@@ -484,13 +582,16 @@ pub fn prefork_server() {
             .filter(|line| line.starts_with('{'))
             .map(|line| serde_json::from_str(line).expect("JSON"))
             .collect();
+        if let Some(beside) = beside {
+            beside.print(&truth);
+        }
         judge(&lines, &truth, accepts, workers, took);
     });
 }
 
 fn judge(lines: &[Value], truth: &Truth, accepts: bool, workers: u32, took: Duration) {
     let sockets = told(lines, truth);
-    let mut scores: BTreeMap<(bool, bool, End), Score> = BTreeMap::new();
+    let mut scores: BTreeMap<Kind, Score> = BTreeMap::new();
     let mut strangers = 0;
     let mut wrong = String::new();
     let sides = [(true, &truth.workers), (false, &truth.clients)];
@@ -498,13 +599,9 @@ fn judge(lines: &[Value], truth: &Truth, accepts: bool, workers: u32, took: Dura
         .into_iter()
         .flat_map(|(server, holders)| holders.iter().map(move |holder| (server, holder)))
     {
-        let (long, place) = if is_long(client.1) {
-            (true, (client.1 - FIRST_LONG) % 4)
-        } else {
-            (false, (client.1 - FIRST_SHORT) / PORTS_OF_AN_END)
-        };
-        let end = ENDS[usize::from(place)];
-        let score = scores.entry((server, long, end)).or_default();
+        let kind = kind((server, *client));
+        let (_, long, end) = kind;
+        let score = scores.entry(kind).or_default();
         score.all += 1;
         let told = sockets.get(&(server, *client));
         strangers += told.map_or(0, |told| told.strangers);
@@ -538,11 +635,10 @@ fn judge(lines: &[Value], truth: &Truth, accepts: bool, workers: u32, took: Dura
         lines.len(),
         lost.len()
     );
-    for ((server, long, end), score) in &scores {
+    for (kind, score) in &scores {
         println!(
-            "{} {} {end:?}: {} of {} right ({:.2} %), {} the listener's, {} nobody's",
-            if *server { "server" } else { "client" },
-            if *long { "long" } else { "short" },
+            "{}: {} of {} right ({:.2} %), {} the listener's, {} nobody's",
+            in_words(*kind),
             score.right,
             score.all,
             100.0 * score.share(),
