@@ -4,7 +4,7 @@
 //! takes one port after the other: so a line of the stream tells by its addresses who must own the socket.
 
 use std::collections::BTreeMap;
-use std::ffi::{CString, OsStr};
+use std::ffi::CString;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Read;
@@ -29,8 +29,6 @@ const WORKERS: u32 = 4;
 const CLIENTS: u16 = 8;
 /// Short connections, all together; on an emulated machine fewer.
 const SHORT: &str = "TCPSTATE_CONNECTIONS";
-/// Names the program `tcpstates` of libbpf-tools, to have what it makes of the same load printed.
-const BESIDE: &str = "TCPSTATE_BESIDE";
 /// Of a hundred short ones one lasts until the sweeps have seen it.
 const SHORT_FOR_A_LONG: u16 = 100;
 
@@ -371,23 +369,30 @@ fn told(lines: &[Value], truth: &Truth) -> BTreeMap<Side, Told> {
     sockets
 }
 
-/// The `tcpstates` of libbpf-tools on the same load.
+/// The `tcpstates` of libbpf-tools on the same load, where it is installed: for comparison, nothing is judged by it.
 struct Beside {
     child: Child,
     lines: Kept,
 }
 
 impl Beside {
-    fn start(program: &OsStr) -> Self {
+    fn start() -> Option<Self> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let mut programs = std::env::split_paths(&path).map(|folder| folder.join("tcpstates"));
+        let Some(program) = programs.find(|program| program.is_file()) else {
+            println!("tcpstates was not found: libbpf-tools has it");
+            return None;
+        };
         sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
         let mut child = Command::new(program)
             .stdout(Stdio::piped())
+            .stderr(Stdio::null())
             .spawn()
-            .expect("the program that is named starts");
+            .expect("the program starts");
         let lines = Kept::new(child.stdout.take().expect("piped"));
         // It says nothing when it has attached.
         thread::sleep(Duration::from_secs(2));
-        Self { child, lines }
+        Some(Self { child, lines })
     }
 
     /// Prints how often its process held the socket: at all transitions, and at the last.
@@ -486,7 +491,7 @@ pub fn prefork_server() {
         let daemon = Daemon::start(&[]);
         let accepts = sees_accepts(&daemon.metrics());
         let stream = Kept::new(daemon.events());
-        let beside = std::env::var_os(BESIDE).map(|program| Beside::start(&program));
+        let beside = Beside::start();
         let listeners = ENDS.map(|end| {
             let listener = Tcp::new(Ipv4Addr::LOCALHOST.into());
             rustix::net::bind(&listener.fd, &listener_of(end)).expect("bind");
