@@ -8,7 +8,7 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
-use super::owners::{Known, as_listener};
+use super::owners::{Known, as_listener, own_by};
 use super::reconcile::{gone_change, mini_end};
 use super::timewait::fate_of;
 use super::{
@@ -99,7 +99,9 @@ impl Table {
         let mut socket = new_socket(second, id, cookie);
         socket.state = TcpState::SYN_RECV;
         socket.role = Some(Role::Passive);
-        let accepted = self.owners.accepted_early(self.event_key(second));
+        let accepted = self
+            .owners
+            .accepted_early(self.event_key(second), first.time_ns);
         let known = accepted.or_else(|| self.listener_of(first, &socket));
         own_by(&mut socket, known);
         let before = self.take_request(&socket).as_ref().map(Place::of);
@@ -175,6 +177,8 @@ impl Table {
             self.take_in(key, event);
         }
         let lost_until_ns = self.lost_until_ns;
+        let since_ns = if opening { event.time_ns } else { 0 };
+        let accepted = self.owners.accepted_early(key, since_ns);
         let stepped = self.full.change(key, |full| {
             let before = (!new).then(|| Place::of(&full.socket));
             let fits = full.socket.state == from;
@@ -188,6 +192,7 @@ impl Table {
             full.event_ns = event.time_ns;
             full.missed = false;
             update(&mut full.socket, event);
+            own_by(&mut full.socket, accepted);
             own(&mut full.socket, event, container);
             // A socket whose event has no cookie is in no dump yet.
             full.guess = None;
@@ -461,13 +466,6 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
         source,
     });
     socket.container = container.cloned();
-}
-
-fn own_by(socket: &mut Socket, known: Option<Known>) {
-    if let Some((owner, container)) = known {
-        socket.owner = Some(owner);
-        socket.container = container;
-    }
 }
 
 /// Family and both ends as the contract writes them. A listener has no remote end.

@@ -16,7 +16,7 @@ pub(super) struct Owners {
     /// Events tell of accepts.
     accepts: bool,
     /// Accepts of sockets that are not in the table yet, by the socket's key: a connection can be taken from its
-    /// listener's queue before its own second event.
+    /// listener's queue before its own second event, and before the first dump is there.
     early: FxHashMap<u64, (u64, Known)>,
     /// A connection came whose holder no event told.
     wanting: bool,
@@ -27,9 +27,11 @@ impl Owners {
         self.early.retain(|_, (time_ns, _)| *time_ns >= before_ns);
     }
 
-    /// Who accepted a connection that is new to the table.
-    pub(super) fn accepted_early(&mut self, key: u64) -> Option<Known> {
-        self.early.remove(&key).map(|(_, known)| known)
+    /// Who accepted a connection that is new to the table. An accept before `since_ns` was of another socket, which had
+    /// the same address.
+    pub(super) fn accepted_early(&mut self, key: u64, since_ns: u64) -> Option<Known> {
+        let (time_ns, known) = self.early.remove(&key)?;
+        (time_ns >= since_ns).then_some(known)
     }
 
     /// To be called when a socket is a connection now.
@@ -156,16 +158,17 @@ pub(super) fn as_listener(owner: Owner) -> Owner {
     }
 }
 
+pub(super) fn own_by(socket: &mut Socket, known: Option<Known>) {
+    if let Some((owner, container)) = known {
+        socket.owner = Some(owner);
+        socket.container = container;
+    }
+}
+
 /// Sets the owner, and tells it where that changes where the socket is counted.
-fn give(
-    socket: &mut Socket,
-    (owner, container): Known,
-    time_ns: u64,
-    sink: &mut impl FnMut(&Change<'_>),
-) {
+fn give(socket: &mut Socket, known: Known, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
     let before = Place::of(socket);
-    socket.owner = Some(owner);
-    socket.container = container;
+    own_by(socket, Some(known));
     let after = Place::of(socket);
     if before != after {
         sink(&Change {

@@ -8,6 +8,7 @@ use tcpstate_common::TcpState;
 
 use super::apply::TIME_WAIT_NS;
 use super::joins::{Alike, Closed, Joins};
+use super::owners::own_by;
 use super::{
     Change, Correction, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket, StateMask,
     Stay, Table, Tuple,
@@ -184,11 +185,12 @@ impl Table {
         sink: &mut impl FnMut(&Change<'_>),
     ) -> u64 {
         let id = self.new_id(Some(record.cookie));
-        let socket = found_socket(record, id);
+        let mut socket = found_socket(record, id);
         let key = match self.identity {
             Identity::Cookie => record.cookie,
             Identity::Address | Identity::AddressWithoutNetns => self.own_key(),
         };
+        own_by(&mut socket, self.owners.accepted_early(key, 0));
         sink(&found_change(record, &socket));
         let stay = Stay {
             since_ns: record.read_ns.1,

@@ -76,18 +76,12 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
-    /// The event stream, as lines; ends with the daemon.
-    pub fn events(&self) -> impl Iterator<Item = Value> + use<> {
+    /// The lines of `/v1/events` from now on, after a head.
+    pub fn events(&self) -> UnixStream {
         let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
+        let request = "GET /v1/events HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        write!(connection, "{request}").expect("sent");
         connection
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .expect("a timeout");
-        write!(connection, "GET /v1/events HTTP/1.0\r\n\r\n").expect("sent");
-        let lines = BufReader::new(connection).lines();
-        let lines = lines.map(|line| line.expect("a line in time"));
-        lines
-            .skip_while(|line| !line.starts_with('{'))
-            .map(|line| serde_json::from_str(&line).expect("JSON"))
     }
 
     pub fn metrics(&self) -> Metrics {
@@ -114,7 +108,7 @@ impl Drop for Daemon {
     }
 }
 
-pub struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(pub BTreeMap<String, f64>);
 
 impl Metrics {
     pub fn get(&self, series: &str) -> f64 {

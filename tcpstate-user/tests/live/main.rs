@@ -6,14 +6,17 @@
 //! what cargo built. Needs root; a test that can't run fails and says what it needs.
 
 mod attach;
+mod attribution;
 mod daemon;
 mod judge;
 mod lab;
 mod netns;
+mod owners;
 mod record;
 mod scenarios;
 mod six;
 mod sockets;
+mod sweep;
 mod sys;
 mod timewait;
 mod tracer;

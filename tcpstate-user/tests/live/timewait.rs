@@ -1,6 +1,7 @@
 //! What becomes of a connection after its →CLOSE: told at once where the kernel's functions can be followed, by dumps
 //! and timers elsewhere.
 
+use std::io::{BufRead as _, BufReader};
 use std::net::SocketAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +19,18 @@ fn must_follow() -> Option<bool> {
         .trim()
         .ends_with("-amd64")
         .then(|| !release.starts_with("5.10."))
+}
+
+fn events(daemon: &Daemon) -> impl Iterator<Item = Value> + use<> {
+    let stream = daemon.events();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(60)))
+        .expect("a timeout");
+    let lines = BufReader::new(stream).lines();
+    let lines = lines.map(|line| line.expect("a line in time"));
+    lines
+        .skip_while(|line| !line.starts_with('{'))
+        .map(|line| serde_json::from_str(&line).expect("JSON"))
 }
 
 /// The lines of the socket with this local end, until one of them leads to `last`.
@@ -48,7 +61,7 @@ pub fn is_followed() {
         if let Some(must) = must_follow() {
             assert_eq!(follows, must, "{feature}");
         }
-        let mut events = daemon.events();
+        let mut events = events(&daemon);
         let listener = Tcp::listening(LOOPBACK, 8);
 
         // Orphaned, and its peer closes 300 ms later.

@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{daemon, record, six, timewait};
+use crate::{attribution, daemon, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -26,4 +26,9 @@ fn sockets_that_are_alike_are_counted() {
 #[test]
 fn what_follows_a_close_is_told() {
     timewait::is_followed();
+}
+
+#[test]
+fn attribution_of_a_prefork_servers_connections() {
+    attribution::prefork_server();
 }

@@ -16,7 +16,7 @@ use tcpstate_common::event::{
 use zerocopy::FromZeros as _;
 
 use super::{
-    Change, Discard, Dwell, Identity, Place, Record, STORE_NS, Snapshot, StateMask, Table,
+    Change, Discard, Dwell, Identity, Place, Record, STORE_NS, Snapshot, Socket, StateMask, Table,
     Unreachable,
 };
 use crate::model::{Comm, End, Endpoint, Evidence, Family, OwnerSource, Role};
