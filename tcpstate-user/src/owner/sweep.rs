@@ -10,14 +10,11 @@ use std::path::Path;
 use rustc_hash::{FxHashMap, FxHashSet};
 use zerocopy::FromBytes as _;
 
-use super::Containers;
 use super::comm::comm_of;
 use super::lookup::start_ns;
+use super::{Containers, in_initial_pid_namespace};
 use crate::model::{Comm, Process};
 use crate::table::{Holder, Record};
-
-/// Inode of the initial pid namespace (`PROC_PID_INIT_INO`, include/linux/proc_ns.h): the same in every kernel.
-const INITIAL_PID_NAMESPACE: u64 = 0xeffffffc;
 
 /// `file`: the iterator's, as [`Session::begin_sweep`](crate::kernel::Session::begin_sweep) gives it.
 ///
@@ -52,8 +49,7 @@ pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
 /// # Errors
 /// Where there is no `/proc`, or its pids are not those of the initial pid namespace.
 pub fn by_proc(dump: &[Record]) -> io::Result<Vec<Holder>> {
-    use std::os::unix::fs::MetadataExt as _;
-    if fs::metadata("/proc/self/ns/pid")?.ino() != INITIAL_PID_NAMESPACE {
+    if !in_initial_pid_namespace() {
         return Err(io::Error::other(
             "tcpstate is not in the initial pid namespace, so /proc tells other pids",
         ));

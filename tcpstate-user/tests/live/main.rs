@@ -6,6 +6,7 @@
 //! what cargo built. Needs root; a test that can't run fails and says what it needs.
 
 mod attach;
+mod check;
 mod daemon;
 mod judge;
 mod lab;
