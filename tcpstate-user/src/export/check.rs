@@ -45,7 +45,7 @@ pub fn text(report: &Report, color: bool) -> String {
         table.row(finding.subject.name(), style, status, reason);
         // What is undecided for one reason would be long.
         if let (Status::Missing, Some(lost)) = (finding.status, finding.lost()) {
-            table.row("", QUIET, "", &format!("so {lost}"));
+            table.row("", Style::new(), "", &format!("so {lost}"));
         }
     }
     table.text.push('\n');
