@@ -66,6 +66,7 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
     let tcp_sock = btf.structure("tcp_sock")?;
     let net = btf.structure("net")?;
     let task = btf.structure("task_struct")?;
+    let timewait = btf.structure("inet_timewait_sock")?;
     let socket = btf.structure("socket")?;
     Ok(Offsets {
         sk_family: sock.offset("__sk_common.skc_family", 2)?,
@@ -90,6 +91,9 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
         task_group_leader: task.offset("group_leader", 8)?,
         task_comm: task.offset("comm", 16)?,
         task_start_boottime: task.offset("start_boottime", 8)?,
+        tw_cookie: timewait.offset("__tw_common.skc_cookie", 8)?,
+        tw_net: timewait.offset("__tw_common.skc_net.net", 8)?,
+        tw_substate: timewait.offset("tw_substate", 1)?,
         socket_sk: socket.offset("sk", 8)?,
     })
 }

@@ -27,8 +27,8 @@ use crate::model::{Named as _, view::Feature};
 use super::{
     btf::{self, Layout},
     capability::{self, Attempt, StartError},
-    holders,
     info::{self, Block, Counters, ProgInfo, RunStats},
+    optional,
     ring::{self, Drained, WAKE_SHARE, check_ring_size},
     tracepoint,
 };
@@ -117,6 +117,7 @@ pub struct Session {
     cookie: Result<(), String>,
     accept: Result<(), String>,
     sweep: Result<(), String>,
+    time_wait: Result<(), String>,
     #[cfg(feature = "ebpf-log")]
     log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
@@ -202,8 +203,9 @@ impl Session {
         attach(&mut ebpf, path, btf.as_ref())
             .map_err(|error| failed("attach the program")(&error))?;
         let arguments = layout.accept_arguments;
-        let accept = holders::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
-        let sweep = holders::load_sweep(&mut ebpf, path, btf.as_ref());
+        let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
+        let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
+        let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
         let cookie = match path {
             Path::TpBtf => Ok(()),
             Path::TpBtfNoCookie => Err("not asked for".to_owned()),
@@ -227,6 +229,7 @@ impl Session {
             cookie,
             accept,
             sweep,
+            time_wait,
             #[cfg(feature = "ebpf-log")]
             log,
         })
@@ -252,6 +255,14 @@ impl Session {
         self.accept.as_ref().copied().map_err(String::as_str)
     }
 
+    /// Whether events tell of timewait sockets; else why not.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn time_wait(&self) -> Result<(), &str> {
+        self.time_wait.as_ref().copied().map_err(String::as_str)
+    }
+
     /// Whether [`begin_sweep`](Self::begin_sweep) can be had; else why not.
     ///
     /// # Errors
@@ -268,6 +279,7 @@ impl Session {
                 Feature::TpBtf => Ok(()),
                 Feature::SocketCookie => self.cookie.as_ref().copied().map_err(String::as_str),
                 Feature::AcceptFexit => self.accept(),
+                Feature::TimeWaitFentry => self.time_wait(),
                 Feature::TaskFileIter => self.sweep(),
             };
             (feature, in_use)
@@ -280,7 +292,7 @@ impl Session {
     /// # Errors
     /// The kernel's refusal.
     pub fn begin_sweep(&mut self) -> io::Result<File> {
-        holders::begin_sweep(&mut self.ebpf)
+        optional::begin_sweep(&mut self.ebpf)
     }
 
     /// Hands the waiting records to `sink`, at most `budget` of them.

@@ -16,6 +16,8 @@ named! {
     pub enum Evidence ("evidence") {
         /// The kernel's tracepoint said so.
         Tracepoint = "tracepoint",
+        /// A program on one of the kernel's functions saw it.
+        Fentry = "fentry",
         /// Told from the socket's fields at its →CLOSE; a snapshot settles it.
         Inferred = "inferred",
         /// A dump of the kernel's sockets showed it.

@@ -79,6 +79,7 @@ named! {
         TpBtf = "tp_btf",
         SocketCookie = "socket_cookie",
         AcceptFexit = "accept_fexit",
+        TimeWaitFentry = "time_wait_fentry",
         TaskFileIter = "task_file_iter",
     }
 }
@@ -91,6 +92,9 @@ impl Feature {
             Self::TpBtf => "the socket itself is read at each transition",
             Self::SocketCookie => "events carry the kernel's own identity of a socket (5.12)",
             Self::AcceptFexit => "who accepts a connection is seen at once",
+            Self::TimeWaitFentry => {
+                "TIME_WAIT and the FIN_WAIT2 of an orphan are followed to their end, with their dwell (5.12)"
+            }
             Self::TaskFileIter => "the kernel lists all holders of sockets (5.12)",
         }
     }
@@ -108,6 +112,10 @@ impl Feature {
             }
             Self::AcceptFexit => {
                 "a connection belongs to its listener until a sweep finds its holder or a process closes it"
+            }
+            Self::TimeWaitFentry => {
+                "their ends are seen late, by dumps, which date them by the kernel's timer, and no dwell of them is \
+                 counted"
             }
             Self::TaskFileIter => "/proc/PID/fd of every process is read, which takes longer",
         }

@@ -105,7 +105,7 @@ fn prove(session: Session, netns: NetnsSelection) -> anyhow::Result<(Option<u32>
     let mut tries = 0;
     let told = loop {
         tries += 1;
-        let ends = within(PATIENCE, connections).context("no loopback connection")?;
+        let (ends, _kept) = within(PATIENCE, connections).context("no loopback connection")?;
         let (told, skipped) = collect(&runtime, &mut batches, &ends, pid);
         if !skipped || tries == TRIES || told.iter().all(|(_, told)| told.is_ok()) {
             break told;
@@ -127,6 +127,10 @@ struct Ends {
     resetting: SocketAddr,
 }
 
+/// The client that closed, kept open: without cookies the kernel's next socket at its address would be taken for it before
+/// a dump shows its TIME_WAIT.
+type Kept = TcpStream;
+
 /// Has it done by a thread that may hang.
 fn within<T: Send + 'static>(
     time: Duration,
@@ -144,8 +148,8 @@ fn within<T: Send + 'static>(
     }
 }
 
-/// One connection is closed by both, one is reset. All sockets are gone afterwards, but for a TIME_WAIT.
-fn connections() -> io::Result<Ends> {
+/// One connection is closed by both, one is reset. All is over afterwards, but for a TIME_WAIT.
+fn connections() -> io::Result<(Ends, Kept)> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
     let connect = || {
@@ -165,17 +169,17 @@ fn connections() -> io::Result<Ends> {
     wait_for_end(&mut server);
     drop(server);
     wait_for_end(&mut client);
-    drop(client);
 
-    let (client, mut server, resetting) = connect()?;
-    sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
-    drop(client);
+    let (resetter, mut server, resetting) = connect()?;
+    sockopt::set_socket_linger(&resetter, Some(Duration::ZERO))?;
+    drop(resetter);
     wait_for_end(&mut server);
-    Ok(Ends {
+    let ends = Ends {
         listener: address,
         closing,
         resetting,
-    })
+    };
+    Ok((ends, client))
 }
 
 /// No data comes: what comes is the end, or a reset.

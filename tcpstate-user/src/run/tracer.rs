@@ -45,12 +45,19 @@ const SCRAPE_WAIT_NS: u64 = 2 * SECOND_NS;
 /// Between two sweeps lie at least as many times the time that one took.
 const SWEEP_PAUSE: u64 = 50;
 
-/// What no event follows to its end: timewait sockets and half-open requests.
-const MINI_STATES: StateMask = StateMask::of(&[
-    TcpState::TIME_WAIT,
-    TcpState::FIN_WAIT2,
-    TcpState::NEW_SYN_RECV,
-]);
+/// What no event follows to its end: half-open requests, and timewait sockets where the kernel shows no more than the
+/// tracepoint does.
+const fn mini_states(sees_timewait: bool) -> StateMask {
+    if sees_timewait {
+        StateMask::of(&[TcpState::NEW_SYN_RECV])
+    } else {
+        StateMask::of(&[
+            TcpState::TIME_WAIT,
+            TcpState::FIN_WAIT2,
+            TcpState::NEW_SYN_RECV,
+        ])
+    }
+}
 
 pub struct Options {
     pub netns: NetnsSelection,
@@ -79,17 +86,8 @@ enum Command {
 enum Dump {
     /// Every state.
     Full,
-    /// [`MINI_STATES`].
+    /// [`mini_states`].
     Mini,
-}
-
-impl Dump {
-    const fn states(self) -> StateMask {
-        match self {
-            Self::Full => StateMask::ALL,
-            Self::Mini => MINI_STATES,
-        }
-    }
 }
 
 /// Who holds which sockets, and how long it took to find out.
@@ -204,6 +202,7 @@ struct State {
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
+    mini_states: StateMask,
     sweeping: bool,
     /// When the next sweep is due; none while nothing asks for one.
     next_sweep_ns: Option<u64>,
@@ -245,10 +244,14 @@ impl State {
         if session.accept().is_ok() {
             table.sees_accepts();
         }
+        let mut stats = Stats::new(options.max_comms);
+        if session.time_wait().is_ok() {
+            stats.times_timewait();
+        }
         Self {
             netns: options.netns,
             table,
-            stats: Stats::new(options.max_comms),
+            stats,
             streams: Streams::default(),
             containers: Containers::default(),
             health: Health {
@@ -261,6 +264,7 @@ impl State {
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,
+            mini_states: mini_states(session.time_wait().is_ok()),
             sweeping: false,
             next_sweep_ns: None,
             sweep_pause_ns: 0,
@@ -370,6 +374,10 @@ impl State {
                 let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
                 self.table.accepted(&event, container.as_ref(), tell);
             }
+            Event::TimeWait(event) => {
+                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+                self.table.time_wait(&event, tell);
+            }
         }
     }
 
@@ -466,6 +474,13 @@ impl State {
         }
     }
 
+    const fn states(&self, dump: Dump) -> StateMask {
+        match dump {
+            Dump::Full => StateMask::ALL,
+            Dump::Mini => self.mini_states,
+        }
+    }
+
     /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
     fn begin_dump(&mut self, dump: Dump, now_ns: u64) {
         let Some(commands) = self.commands.upgrade() else {
@@ -475,6 +490,7 @@ impl State {
             self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
         }
         let (netns, first) = (self.netns, !self.is_ready());
+        let states = self.states(dump);
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -482,7 +498,7 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let result = snapshot::take(netns, dump.states());
+                let result = snapshot::take(netns, states);
                 // The tracer may have ended meanwhile.
                 let _ = commands.send(Command::Dumped(dump, result));
             });
@@ -510,7 +526,7 @@ impl State {
                     netns: vec![inode],
                     started_ns: now_ns(),
                     finished_ns: now_ns(),
-                    states: dump.states(),
+                    states: self.states(dump),
                     ..Snapshot::default()
                 }
             }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use tcpstate_common::TcpState;
 
 use self::counters::Counters;
+use self::dwell::Timed;
 use self::gauges::Gauges;
 use self::names::Names;
 use crate::model::view::{CommView, Counted, StateCounts, gauge_index};
@@ -34,6 +35,7 @@ pub struct Stats {
     none_gauges: Gauges,
     none: Counters,
     names: Names,
+    timed: Timed,
     /// By [`Discard::ALL`].
     discarded: [u64; Discard::ALL.len()],
 }
@@ -54,8 +56,14 @@ impl Stats {
             none_gauges: Gauges::default(),
             none: Counters::default(),
             names: Names::new(max_comms),
+            timed: Timed::new(false),
             discarded: [0; Discard::ALL.len()],
         }
+    }
+
+    /// From now on the table is told of timewait sockets, so stays in TIME_WAIT and FIN_WAIT2 have both ends.
+    pub fn times_timewait(&mut self) {
+        self.timed = Timed::new(true);
     }
 
     pub fn apply(&mut self, change: &Change<'_>) {
@@ -88,14 +96,20 @@ impl Stats {
         corrections: [u64; Correction::ALL.len()],
     ) -> Counted {
         self.names.settle(now_ns);
-        let mut comms = vec![view(NONE.into(), self.none_gauges.by_state(), &self.none)];
+        let timed = self.timed;
+        let mut comms = vec![view(
+            NONE.into(),
+            self.none_gauges.by_state(),
+            &self.none,
+            timed,
+        )];
         if self.names.overflow > 0 {
             let sockets = gauges::sum(self.names.waiting().map(Gauges::by_state));
-            comms.push(view(OTHER.into(), &sockets, &self.names.other));
+            comms.push(view(OTHER.into(), &sockets, &self.names.other, timed));
         }
         comms.extend(self.names.places().map(|place| {
             let label = Arc::clone(&place.label);
-            view(label, place.gauges.by_state(), &place.counters)
+            view(label, place.gauges.by_state(), &place.counters, timed)
         }));
         comms.sort_unstable_by(|a, b| a.comm.cmp(&b.comm));
         Counted {
@@ -142,9 +156,9 @@ impl Stats {
     /// What the change adds to the counters of the name that the socket's owner has now.
     fn count(&mut self, change: &Change<'_>) {
         let dwell = match change.dwell {
-            Dwell::Seen(ns) => timed_state_left(change).map(|state| (state, ns)),
+            Dwell::Seen(ns) => timed_state_left(change, self.timed).map(|state| (state, ns)),
             Dwell::Unknown(reason) => {
-                if timed_state_left(change).is_some() {
+                if timed_state_left(change, self.timed).is_some() {
                     self.discarded[reason as usize] += 1;
                 }
                 None
@@ -187,16 +201,16 @@ fn by_name<T: Named, const N: usize>(counts: [u64; N]) -> Vec<(&'static str, u64
 }
 
 /// The state whose stay the change ended, if events can time it.
-fn timed_state_left(change: &Change<'_>) -> Option<usize> {
+fn timed_state_left(change: &Change<'_>, timed: Timed) -> Option<usize> {
     let (left, _) = change.shown?;
-    gauge_index(left).filter(|&state| dwell::is_timed(state))
+    gauge_index(left).filter(|&state| timed.contains(state))
 }
 
-fn view(comm: Arc<str>, sockets: &StateCounts, counters: &Counters) -> CommView {
+fn view(comm: Arc<str>, sockets: &StateCounts, counters: &Counters, timed: Timed) -> CommView {
     CommView {
         comm,
         sockets: *sockets,
-        dwell: counters.dwell(),
+        dwell: counters.dwell(timed),
         connections: counters.connections,
         ends: counters.ends,
         failures: counters.failures,

@@ -10,6 +10,7 @@ use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SE
 use super::fate::{Fate, end, fate};
 use super::owners::{Known, as_listener};
 use super::reconcile::{gone_change, mini_end};
+use super::timewait::fate_of;
 use super::{
     Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
 };
@@ -245,12 +246,15 @@ impl Table {
     ) {
         let from = event.from();
         let Full {
-            mut socket, stay, ..
+            mut socket,
+            stay,
+            timewait,
+            ..
         } = full;
         if !event.has(FLAG_DEAD) {
             self.generations.closed(socket.id);
         }
-        let fate = fate(event);
+        let fate = timewait.map_or_else(|| fate(event), fate_of);
         socket.state = match fate {
             Fate::Gone => TcpState::CLOSE,
             Fate::TimeWait => TcpState::TIME_WAIT,
@@ -267,6 +271,8 @@ impl Table {
             dwell,
             evidence: if gone {
                 Evidence::Tracepoint
+            } else if timewait.is_some() {
+                Evidence::Fentry
             } else {
                 Evidence::Inferred
             },

@@ -1,7 +1,7 @@
 //! The table of sockets: turns the kernel's events and dumps into what happened, and says how it knows.
 //!
 //! Pure: time comes in with the events, and nothing here knows where they came from. The doors are
-//! [`Table::apply`] and [`Table::accepted`] for events, [`Table::reconcile`] for a dump of the sockets, and
+//! [`Table::apply`], [`Table::accepted`] and [`Table::time_wait`] for events, [`Table::reconcile`] for a dump of the sockets, and
 //! [`Table::swept`] for one of who holds them.
 
 mod apply;
@@ -13,6 +13,7 @@ mod snapshot;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod timewait;
 
 use std::collections::VecDeque;
 
@@ -85,6 +86,8 @@ struct Full {
     event_ns: u64,
     /// The last dump that covers it lacked it.
     missed: bool,
+    /// The state in which a timewait socket is about to take its place.
+    timewait: Option<TcpState>,
 }
 
 impl Full {
@@ -94,6 +97,7 @@ impl Full {
             stay,
             event_ns,
             missed: false,
+            timewait: None,
         }
     }
 }
@@ -167,6 +171,8 @@ pub struct Table {
     listed: FxHashSet<u32>,
     /// While a dump is under way: what closed since it began.
     closed: Option<FxHashMap<DumpKey, u64>>,
+    /// The same of timewait sockets that ended, by cookie.
+    ended: Option<FxHashMap<u64, u64>>,
     own_numbers: u64,
     newest_ns: u64,
     /// Stays that began no later than this may have lost events.
@@ -211,6 +217,7 @@ impl Table {
             adopted: FxHashMap::default(),
             listed: FxHashSet::default(),
             closed: None,
+            ended: None,
             own_numbers: 0,
             newest_ns: 0,
             lost_until_ns: 0,

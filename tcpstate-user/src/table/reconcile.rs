@@ -22,11 +22,13 @@ impl Table {
     /// To be called before a dump begins: from now on the table remembers what closes.
     pub fn snapshot_begins(&mut self) {
         self.closed = Some(FxHashMap::default());
+        self.ended = Some(FxHashMap::default());
     }
 
     /// The dump that had begun failed.
     pub fn snapshot_failed(&mut self) {
         self.closed = None;
+        self.ended = None;
     }
 
     /// Merges a dump. All events up to its end must have been applied.
@@ -35,6 +37,7 @@ impl Table {
     pub fn reconcile(&mut self, snapshot: &Snapshot, mut sink: impl FnMut(&Change<'_>)) -> bool {
         let mut index = self.index();
         let closed = self.closed.take().unwrap_or_default();
+        let ended = self.ended.take().unwrap_or_default();
         let mut seen_full = FxHashSet::default();
         let mut seen_mini = FxHashSet::default();
         for record in &snapshot.records {
@@ -60,6 +63,9 @@ impl Table {
                     }
                 }
                 let known = index.mini.get(&dump_key).copied();
+                if known.is_none() && ended.get(&record.cookie).is_some_and(|&ns| newer(ns)) {
+                    continue;
+                }
                 let key = self.merge_mini(record, known, &mut sink);
                 // A socket can come twice in one dump.
                 index.mini.insert(dump_key, key);

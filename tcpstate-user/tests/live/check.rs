@@ -107,16 +107,18 @@ impl Said {
 pub fn features_of_this_kernel() {
     let said = Said::by(&mut Command::new(product()), &[]);
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc is mounted");
-    // Firecracker's kernel, where tcpstate is developed, refuses fexit.
-    let refuses_fexit = release.contains("-fc-");
+    // Firecracker's kernel, where tcpstate is developed, refuses fexit and fentry.
+    let refuses_both = release.contains("-fc-");
     let mut missing = Vec::new();
     if kernel() < (5, 12) {
         missing.push(("socket_cookie", "unknown func bpf_get_socket_cookie"));
     }
-    if refuses_fexit {
+    if refuses_both {
         missing.push(("accept_fexit", "Operation not permitted"));
+        missing.push(("time_wait_fentry", "Operation not permitted"));
     }
     if kernel() < (5, 12) {
+        missing.push(("time_wait_fentry", "it needs the socket cookie"));
         missing.push(("task_file_iter", "it needs the socket cookie"));
     }
     if let Err(error) = fs::metadata("/proc/1/ns/net") {

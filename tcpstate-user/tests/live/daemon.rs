@@ -20,17 +20,17 @@ use crate::sockets::Tcp;
 use crate::sys;
 use crate::tracer::product;
 
-const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
+pub const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// A daemon in the calling thread's network namespace, which sees only that.
-struct Daemon {
+pub struct Daemon {
     child: Child,
     socket: PathBuf,
     _folder: TempDir,
 }
 
 impl Daemon {
-    fn start(arguments: &[&str]) -> Self {
+    pub fn start(arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let socket = folder.path().join("socket");
         let mut child = Command::new(product())
@@ -70,7 +70,21 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
-    fn metrics(&self) -> Metrics {
+    /// The event stream, as lines; ends with the daemon.
+    pub fn events(&self) -> impl Iterator<Item = Value> + use<> {
+        let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
+        connection
+            .set_read_timeout(Some(Duration::from_secs(60)))
+            .expect("a timeout");
+        write!(connection, "GET /v1/events HTTP/1.0\r\n\r\n").expect("sent");
+        let lines = BufReader::new(connection).lines();
+        let lines = lines.map(|line| line.expect("a line in time"));
+        lines
+            .skip_while(|line| !line.starts_with('{'))
+            .map(|line| serde_json::from_str(&line).expect("JSON"))
+    }
+
+    pub fn metrics(&self) -> Metrics {
         let (status, page) = self.get("/metrics");
         assert_eq!(status, 200, "{page}");
         let series = page.lines().filter(|line| !line.starts_with('#'));
@@ -94,27 +108,27 @@ impl Drop for Daemon {
     }
 }
 
-struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(BTreeMap<String, f64>);
 
 impl Metrics {
-    fn get(&self, series: &str) -> f64 {
+    pub fn get(&self, series: &str) -> f64 {
         *self.0.get(series).unwrap_or_else(|| panic!("no {series}"))
     }
 
     /// Over all series of the metric.
-    fn sum(&self, metric: &str) -> f64 {
+    pub fn sum(&self, metric: &str) -> f64 {
         let of_it = |name: &&String| name.split('{').next() == Some(metric);
         let names = self.0.keys().filter(of_it);
         names.map(|name| self.0[name]).sum()
     }
 
-    fn state(&self, state: &str) -> f64 {
+    pub fn state(&self, state: &str) -> f64 {
         self.get(&format!("tcpstate_sockets{{state=\"{state}\"}}"))
     }
 }
 
 /// Runs in a network namespace of its own: the thread's.
-fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
+pub fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
     let run = || test(sys::new_namespace().expect("network namespaces need root"));
     thread::spawn(run)
         .join()

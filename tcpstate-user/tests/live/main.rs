@@ -15,5 +15,6 @@ mod scenarios;
 mod six;
 mod sockets;
 mod sys;
+mod timewait;
 mod tracer;
 mod vm;

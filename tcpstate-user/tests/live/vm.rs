@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{check, record, six};
+use crate::{check, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -21,4 +21,9 @@ fn every_event_arrives() {
 #[test]
 fn check_tells_what_this_kernel_has() {
     check::features_of_this_kernel();
+}
+
+#[test]
+fn what_follows_a_close_is_told() {
+    timewait::is_followed();
 }
