@@ -28,6 +28,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 const RECONCILE_INTERVAL: Duration = Duration::from_millis(500);
 
+/// What a dump shows is dated by the kernel's timers, whose ticks are up to 10 ms long, and a stream has nothing that is
+/// dated before its beginning.
+const BEFORE: Duration = Duration::from_millis(50);
+
 /// Where the kernel skipped the program, and said so, another try says more.
 const TRIES: usize = 3;
 
@@ -102,10 +106,11 @@ fn prove(session: Session, netns: NetnsSelection) -> anyhow::Result<(Option<u32>
         raw: false,
         netns: None,
     })?;
+    thread::sleep(BEFORE);
     let mut tries = 0;
     let told = loop {
         tries += 1;
-        let (ends, _kept) = within(PATIENCE, connections).context("no loopback connection")?;
+        let ends = within(PATIENCE, connections).context("no loopback connection")?;
         let (told, skipped) = collect(&runtime, &mut batches, &ends, pid);
         if !skipped || tries == TRIES || told.iter().all(|(_, told)| told.is_ok()) {
             break told;
@@ -127,10 +132,6 @@ struct Ends {
     resetting: SocketAddr,
 }
 
-/// The client that closed, kept open: without cookies the kernel's next socket at its address would be taken for it before
-/// a dump shows its TIME_WAIT.
-type Kept = TcpStream;
-
 /// Has it done by a thread that may hang.
 fn within<T: Send + 'static>(
     time: Duration,
@@ -148,8 +149,8 @@ fn within<T: Send + 'static>(
     }
 }
 
-/// One connection is closed by both, one is reset. All is over afterwards, but for a TIME_WAIT.
-fn connections() -> io::Result<(Ends, Kept)> {
+/// One connection is closed by both, one is reset. All sockets are gone afterwards, but for a TIME_WAIT.
+fn connections() -> io::Result<Ends> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     let address = listener.local_addr()?;
     let connect = || {
@@ -169,17 +170,17 @@ fn connections() -> io::Result<(Ends, Kept)> {
     wait_for_end(&mut server);
     drop(server);
     wait_for_end(&mut client);
+    drop(client);
 
-    let (resetter, mut server, resetting) = connect()?;
-    sockopt::set_socket_linger(&resetter, Some(Duration::ZERO))?;
-    drop(resetter);
+    let (client, mut server, resetting) = connect()?;
+    sockopt::set_socket_linger(&client, Some(Duration::ZERO))?;
+    drop(client);
     wait_for_end(&mut server);
-    let ends = Ends {
+    Ok(Ends {
         listener: address,
         closing,
         resetting,
-    };
-    Ok((ends, client))
+    })
 }
 
 /// No data comes: what comes is the end, or a reset.
