@@ -114,8 +114,8 @@ impl Feature {
                 "a connection belongs to its listener until a sweep finds its holder or a process closes it"
             }
             Self::TimeWaitFentry => {
-                "their ends are seen late, by dumps, which date them by the kernel's timer, and no dwell of them is \
-                 counted"
+                "the ends of TIME_WAIT and of an orphan's FIN_WAIT2 are seen late, by dumps, which date them by the kernel's \
+                 timer, and no dwell of them is counted"
             }
             Self::TaskFileIter => "/proc/PID/fd of every process is read, which takes longer",
         }
