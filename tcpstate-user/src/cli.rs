@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::config::{DaemonConfig, Interval, Settings};
 use crate::export::Format;
+use crate::export::check::ReportFormat;
 use crate::filter::{Filter, Netns, ValueError};
 use crate::kernel::RingSize;
 use crate::model::named;
@@ -47,8 +48,9 @@ Examples:
   sudo tcpstate watch                        every transition of the host
   sudo tcpstate watch -s close-wait -L 443   what enters and leaves CLOSE_WAIT on port 443
   sudo tcpstate daemon                       metrics at http://127.0.0.1:10975/metrics
+  sudo tcpstate check                        what of it this host allows
 
-`tcpstate watch --help` and `tcpstate daemon --help` say more."
+`tcpstate watch --help` and its like say more."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -59,6 +61,7 @@ pub struct Cli {
 pub enum Command {
     Watch(Box<Watch>),
     Daemon(Box<Daemon>),
+    Check(Check),
 }
 
 /// Follow transitions as they happen
@@ -190,6 +193,31 @@ impl Daemon {
             None => settings.with_defaults(),
         })
     }
+}
+
+/// Tell what this host lacks, and prove that tracing works
+#[derive(Args, Debug)]
+#[command(
+    display_name = "tcpstate",
+    after_help = "\
+Tries each thing that tcpstate can use, and says what is lost without it. Then two loopback connections, \
+in a network namespace of their own where that is allowed, show whether all that happens to them is told, \
+in order and with its owner.
+
+Ends with 0 if nothing is missing, 3 if tracing works but something is missing or undecided, 1 if it can't \
+work."
+)]
+pub struct Check {
+    /// How to show it: text or json
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: ReportFormat,
+
+    /// Network namespaces to trace: all of the host, this one, or one by its inode
+    #[arg(long, value_name = "all|self|INODE", default_value = "all")]
+    pub netns: Netns,
+
+    #[arg(long, hide = true)]
+    pub attach: Option<Attach>,
 }
 
 fn read(path: &Path) -> anyhow::Result<Settings> {

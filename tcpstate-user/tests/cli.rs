@@ -33,11 +33,12 @@ fn help_is_for_newcomers() {
     golden!("help", stdout(&["--help"]));
     golden!("help-watch", stdout(&["watch", "--help"]));
     golden!("help-daemon", stdout(&["daemon", "--help"]));
+    golden!("help-check", stdout(&["check", "--help"]));
 }
 
 #[test]
 fn short_help_is_the_same() {
-    for command in ["watch", "daemon"] {
+    for command in ["watch", "daemon", "check"] {
         assert_eq!(stdout(&[command, "-h"]), stdout(&[command, "--help"]));
     }
 }
@@ -117,6 +118,10 @@ fn bad_usage_is_one_clear_line_and_status_2() {
         (
             &["watch", "--direct", "--socket", "/tmp/s"],
             "error: the argument '--direct' cannot be used with '--socket <PATH>'",
+        ),
+        (
+            &["check", "-o", "csv"],
+            "error: invalid value 'csv' for '--output <FORMAT>': unknown output format `csv`; known: text, json",
         ),
         (&["list"], "error: unrecognized subcommand 'list'"),
         (

@@ -22,6 +22,8 @@ use tcpstate_common::{
 };
 use zerocopy::IntoBytes as _;
 
+use crate::model::{Named as _, view::Feature};
+
 use super::{
     btf::{self, Layout},
     capability::{self, Attempt, StartError},
@@ -111,6 +113,7 @@ pub struct Session {
     lost: Array<MapData, u64>,
     /// The programs and their links.
     ebpf: Ebpf,
+    cookie: Result<(), String>,
     accept: Result<(), String>,
     sweep: Result<(), String>,
     time_wait: Result<(), String>,
@@ -137,7 +140,13 @@ impl Session {
                 Err(error @ StartError::Verifier { .. }) => {
                     last_refusal = Some(error);
                 }
-                result => return result,
+                result => {
+                    return result.map(|session| Self {
+                        // Why a lesser way was taken.
+                        cookie: last_refusal.map_or(session.cookie, |error| Err(error.to_string())),
+                        ..session
+                    });
+                }
             }
         }
         Err(last_refusal.expect("there is a candidate, and it was refused"))
@@ -195,6 +204,11 @@ impl Session {
         let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
         let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
         let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
+        let cookie = match path {
+            Path::TpBtf => Ok(()),
+            Path::TpBtfNoCookie => Err("not asked for".to_owned()),
+            Path::Tracepoint => Err("it needs BTF".to_owned()),
+        };
         drop(btf);
         let ring = take(&mut ebpf, "RING").map_err(|error| failed("map the ring")(&error))?;
         let opened = |error: MapError| failed("open the counters")(&error);
@@ -210,6 +224,7 @@ impl Session {
             transitions,
             lost,
             ebpf,
+            cookie,
             accept,
             sweep,
             time_wait,
@@ -252,6 +267,21 @@ impl Session {
     /// The reason.
     pub fn sweep(&self) -> Result<(), &str> {
         self.sweep.as_ref().copied().map_err(String::as_str)
+    }
+
+    /// What a kernel may lack: in use, or why not.
+    pub fn features(&self) -> impl Iterator<Item = (Feature, Result<(), &str>)> {
+        Feature::ALL.iter().map(|&feature| {
+            let in_use = match feature {
+                Feature::TpBtf if self.path == Path::Tracepoint => Err("the kernel has no BTF"),
+                Feature::TpBtf => Ok(()),
+                Feature::SocketCookie => self.cookie.as_ref().copied().map_err(String::as_str),
+                Feature::AcceptFexit => self.accept(),
+                Feature::TimeWaitFentry => self.time_wait(),
+                Feature::TaskFileIter => self.sweep(),
+            };
+            (feature, in_use)
+        })
     }
 
     /// A file of [`Holder`](tcpstate_common::Holder)s: every process that has a descriptor of a TCP socket in the

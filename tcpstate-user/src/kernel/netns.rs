@@ -9,13 +9,14 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
 use std::thread;
 
 use rustc_hash::FxHashSet;
 use rustix::io::Errno;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::net::{AddressFamily, SocketType};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use super::capability;
 
@@ -110,6 +111,33 @@ impl Namespace {
 /// Where `/proc` is missing.
 pub fn own() -> io::Result<u32> {
     inode_of(&rustix::fs::stat("/proc/thread-self/ns/net")?)
+}
+
+/// Moves the calling thread into a new namespace of its own, with loopback up, and gives its inode. It ends with the
+/// thread and those that it starts.
+///
+/// # Errors
+/// The kernel's refusal; it needs CAP_SYS_ADMIN. The thread is where it was then, unless loopback can't be had.
+pub fn enter_new() -> io::Result<u32> {
+    // SAFETY: a thread alone may have another network namespace; no descriptors are unshared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+    // SAFETY: `ifreq` is integers and arrays, for which zeros are values.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[..2].copy_from_slice(&[b'l', b'o'].map(|byte| byte as libc::c_char));
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    // SAFETY: SIOCSIFFLAGS takes a pointer to an `ifreq`, which lives through the call.
+    let result = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as libc::Ioctl,
+            &raw const request,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    own()
 }
 
 fn inode_of(stat: &rustix::fs::Stat) -> io::Result<u32> {

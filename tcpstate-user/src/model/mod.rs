@@ -2,6 +2,7 @@
 //!
 //! Owns no behaviour beyond naming and reading these values; no clock, no I/O.
 
+pub mod check;
 mod comm;
 mod end;
 mod name;

@@ -66,6 +66,12 @@ impl Containers {
         }
     }
 
+    /// Where the whole cgroup v2 hierarchy is mounted.
+    #[must_use]
+    pub fn cgroup_v2(&self) -> Option<&Path> {
+        self.unified.as_deref()
+    }
+
     /// Full id of the container of the process `pid` that started at `start_ns` (`CLOCK_BOOTTIME`) and was in
     /// the cgroup v2 group `cgroup_id`; `None` if it is in none, or that can't be known any more.
     ///

@@ -2,7 +2,9 @@
 //!
 //! Decides what is started, in which order, and with which status it ends; what each part does is its own.
 
+mod check;
 mod daemon;
+mod proof;
 mod streams;
 mod tracer;
 mod watch;
@@ -41,6 +43,9 @@ pub fn run() -> ExitCode {
     };
     let result = match cli.command {
         Command::Watch(watch) => watch::run(&watch),
+        Command::Check(check) => {
+            return check::run(&check).unwrap_or_else(|error| fail(&error, ExitCode::FAILURE));
+        }
         Command::Daemon(daemon) => match daemon.config() {
             Ok(config) => daemon::run(&config, daemon.attach),
             // As wrong as a wrong flag.

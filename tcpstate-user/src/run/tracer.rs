@@ -23,7 +23,7 @@ use crate::filter::Subscription;
 use crate::kernel::netns::{Lead, NetnsError};
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
-use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
+use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, Program, View};
 use crate::model::{Comm, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{self, Containers, Swept, comm_of, in_initial_pid_namespace, names};
 use crate::stats::Stats;
@@ -247,13 +247,10 @@ impl State {
             Path::TpBtfNoCookie => Identity::Address,
             Path::Tracepoint => Identity::AddressWithoutNetns,
         };
-        let features = vec![
-            (Feature::TpBtf, session.path() != Path::Tracepoint),
-            (Feature::SocketCookie, session.cookies()),
-            (Feature::AcceptFexit, session.accept().is_ok()),
-            (Feature::TimeWaitFentry, session.time_wait().is_ok()),
-            (Feature::TaskFileIter, session.sweep().is_ok()),
-        ];
+        let features = session
+            .features()
+            .map(|(feature, in_use)| (feature, in_use.is_ok()))
+            .collect();
         let mut table = Table::new(identity);
         if session.accept().is_ok() {
             table.sees_accepts();

@@ -7,6 +7,7 @@
 
 mod attach;
 mod attribution;
+mod check;
 mod daemon;
 mod judge;
 mod lab;

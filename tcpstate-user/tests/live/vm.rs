@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{attribution, daemon, record, six, timewait};
+use crate::{attribution, check, daemon, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -16,6 +16,11 @@ fn six_sequences() {
 #[test]
 fn every_event_arrives() {
     record::six_sequences();
+}
+
+#[test]
+fn check_tells_what_this_kernel_has() {
+    check::features_of_this_kernel();
 }
 
 #[test]
