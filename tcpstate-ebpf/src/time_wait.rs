@@ -30,10 +30,11 @@ pub fn time_wait_set_again(ctx: FEntryContext) {
     let tw = TimeWaitSock::new(ctx.arg(0));
     let again: u64 = ctx.arg(2);
     // A `bool` in a register: the rest of it may be anything.
-    if again as u8 != 0 && tw.substate() == TcpState::TIME_WAIT.number() {
-        if let Some(netns) = tw.selected_netns() {
-            send(TIMEWAIT_SET_AGAIN, tw.cookie(), netns, tw.substate());
-        }
+    if again as u8 == 0 || tw.substate() != TcpState::TIME_WAIT.number() {
+        return;
+    }
+    if let Some(netns) = tw.selected_netns() {
+        send(TIMEWAIT_SET_AGAIN, tw.cookie(), netns, tw.substate());
     }
 }
 
