@@ -281,6 +281,11 @@ impl Kept {
         self.bytes.lock().expect("no thread panics with it").len()
     }
 
+    fn has(&self, text: &[u8]) -> bool {
+        let bytes = self.bytes.lock().expect("no thread panics with it");
+        bytes.windows(text.len()).any(|part| part == text)
+    }
+
     fn take(&self) -> Vec<u8> {
         std::mem::take(&mut *self.bytes.lock().expect("no thread panics with it"))
     }
@@ -509,6 +514,7 @@ fn run() -> bool {
     let daemon = Daemon::start(&[]);
     let accepts = sees_accepts(&daemon.metrics());
     let stream = Kept::new(daemon.events());
+    until("the stream begins", || stream.has(b"\"type\":\"start\""));
     let beside = Beside::start();
     let listeners = ENDS.map(|end| {
         let listener = Tcp::new(Ipv4Addr::LOCALHOST.into());
