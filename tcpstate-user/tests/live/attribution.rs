@@ -59,7 +59,7 @@ const DOOMED: usize = 25;
 
 /// Of a client, after what it had open at a time.
 const PAUSE: Duration = Duration::from_millis(2);
-/// How often it is done where the product told that it lost events or lines: of those nothing can be told right.
+/// How often it is done where the product told that it lost lines, or events for want of room: many at once.
 const TRIES: usize = 3;
 
 /// What tells a connection from all others: the last part of the client's address, and its port.
@@ -279,6 +279,11 @@ impl Kept {
 
     fn len(&self) -> usize {
         self.bytes.lock().expect("no thread panics with it").len()
+    }
+
+    fn has(&self, text: &[u8]) -> bool {
+        let bytes = self.bytes.lock().expect("no thread panics with it");
+        bytes.windows(text.len()).any(|part| part == text)
     }
 
     fn take(&self) -> Vec<u8> {
@@ -509,6 +514,7 @@ fn run() -> bool {
     let daemon = Daemon::start(&[]);
     let accepts = sees_accepts(&daemon.metrics());
     let stream = Kept::new(daemon.events());
+    until("the stream begins", || stream.has(b"\"type\":\"start\""));
     let beside = Beside::start();
     let listeners = ENDS.map(|end| {
         let listener = Tcp::new(Ipv4Addr::LOCALHOST.into());
@@ -608,16 +614,26 @@ fn run() -> bool {
     if let Some(beside) = beside {
         beside.print(&truth);
     }
-    let lost = lines.iter().find(|line| line["type"] == "lost");
-    if let Some(lost) = lost {
+    let lost = lines.iter().filter(|line| line["type"] == "lost");
+    let (skipped, lost): (Vec<&Value>, Vec<&Value>) =
+        lost.partition(|line| line["reason"] == "recursion");
+    if let Some(lost) = lost.first() {
         println!("done again: {lost}");
         return false;
     }
-    judge(&lines, &truth, accepts, workers, took);
+    let skipped = skipped.iter().map(|line| line["count"].as_u64());
+    let skipped: u64 = skipped.map(|count| count.expect("a count")).sum();
+    println!(
+        "{expected} connections in {:.1} s by {workers} workers, accepts seen: {accepts}",
+        took.as_secs_f64()
+    );
+    judge(&lines, &truth, accepts, skipped);
     true
 }
 
-fn judge(lines: &[Value], truth: &Truth, accepts: bool, workers: u32, took: Duration) {
+/// `skipped`: transitions and accepts that the kernel did not show the product, as that said. An emulated machine skips
+/// some in each run; each can spoil one short connection, while a sweep finds whose a long one is all the same.
+fn judge(lines: &[Value], truth: &Truth, accepts: bool, skipped: u64) {
     let sockets = told(lines, truth);
     let mut scores: BTreeMap<Kind, Score> = BTreeMap::new();
     let mut strangers = 0;
@@ -655,12 +671,7 @@ fn judge(lines: &[Value], truth: &Truth, accepts: bool, workers: u32, took: Dura
             .expect("memory");
         }
     }
-    println!(
-        "{} connections in {:.1} s by {workers} workers, accepts seen: {accepts}, {} lines",
-        truth.workers.len(),
-        took.as_secs_f64(),
-        lines.len()
-    );
+    println!("{} lines; the kernel skipped {skipped} events", lines.len());
     for (kind, score) in &scores {
         println!(
             "{}: {} of {} right ({:.2} %), {} the listener's, {} nobody's",
@@ -682,6 +693,8 @@ fn judge(lines: &[Value], truth: &Truth, accepts: bool, workers: u32, took: Dura
             // A worker's death closes it, so it is told too.
             _ => 0.99,
         };
-        assert!(score.share() >= least, "{end:?}: {score:?}\n{wrong}");
+        let spoilt = if *long { 0 } else { skipped };
+        let enough = f64::from(score.right) + spoilt as f64 >= least * f64::from(score.all);
+        assert!(enough, "{end:?}: {score:?}\n{wrong}");
     }
 }
