@@ -39,6 +39,10 @@ pub struct Offsets {
     pub task_group_leader: u32,
     pub task_comm: u32,
     pub task_start_boottime: u32,
+    /// In `struct inet_timewait_sock`.
+    pub tw_cookie: u32,
+    pub tw_net: u32,
+    pub tw_substate: u32,
     /// In `struct socket`: `sk`.
     pub socket_sk: u32,
 }
@@ -52,5 +56,5 @@ pub struct Switches {
     pub wake_bytes: u32,
 }
 
-const _: () = assert!(size_of::<Offsets>() == 23 * 4);
+const _: () = assert!(size_of::<Offsets>() == 26 * 4);
 const _: () = assert!(size_of::<Switches>() == 8);

@@ -110,6 +110,35 @@ pub struct Accept {
 const _: () = assert!(size_of::<Accept>() == 64);
 const _: () = assert!(offset_of!(Accept, tgid) == 40);
 
+/// `what` of [`TimeWait`]: the kernel is about to put a timewait socket in the place of a full one.
+pub const TIMEWAIT_BEGINS: u8 = 0;
+/// Its timer was set again: so it is when an orphan's FIN_WAIT2 becomes TIME_WAIT.
+pub const TIMEWAIT_SET_AGAIN: u8 = 1;
+/// It is gone.
+pub const TIMEWAIT_ENDS: u8 = 2;
+
+/// A step in the life of a timewait socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+pub struct TimeWait {
+    /// `CLOCK_BOOTTIME`, nanoseconds.
+    pub time_ns: u64,
+    /// The cookie that it has from the full socket; never 0.
+    pub cookie: u64,
+    /// As in [`SetState::netns`].
+    pub netns: u32,
+    /// As in [`SetState::lost`].
+    pub lost: u32,
+    pub what: u8,
+    /// The kernel's number of the state that it is in now: TIME_WAIT, FIN_WAIT2 of an orphan, or CLOSE at its end.
+    pub state: u8,
+    /// Up to the next multiple of 8.
+    pub pad: [u8; 6],
+}
+
+const _: () = assert!(size_of::<TimeWait>() == 32);
+const _: () = assert!(offset_of!(TimeWait, what) == 24);
+
 /// A process that a sweep over all descriptors (`iter/task_file`) found holding a TCP socket. Not in the ring: the
 /// iterator's file gives one after the other.
 #[repr(C)]
@@ -133,9 +162,14 @@ const _: () = assert!(offset_of!(Holder, comm) == 24);
 pub enum Event {
     SetState(SetState),
     Accept(Accept),
+    TimeWait(TimeWait),
 }
 
-const _: () = assert!(size_of::<SetState>() != size_of::<Accept>());
+const _: () = assert!(
+    size_of::<SetState>() != size_of::<Accept>()
+        && size_of::<SetState>() != size_of::<TimeWait>()
+        && size_of::<Accept>() != size_of::<TimeWait>()
+);
 
 impl Event {
     /// # Errors
@@ -144,6 +178,7 @@ impl Event {
         let set_state = SetState::read_from_bytes(bytes).map(Self::SetState);
         set_state
             .or_else(|_| Accept::read_from_bytes(bytes).map(Self::Accept))
+            .or_else(|_| TimeWait::read_from_bytes(bytes).map(Self::TimeWait))
             .map_err(|_| BadRecord { len: bytes.len() })
     }
 
@@ -153,6 +188,7 @@ impl Event {
         match self {
             Self::SetState(event) => event.lost,
             Self::Accept(event) => event.lost,
+            Self::TimeWait(event) => event.lost,
         }
     }
 
@@ -162,6 +198,7 @@ impl Event {
         match self {
             Self::SetState(event) => event.time_ns,
             Self::Accept(event) => event.time_ns,
+            Self::TimeWait(event) => event.time_ns,
         }
     }
 }
@@ -177,10 +214,11 @@ impl fmt::Display for BadRecord {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "record of {} bytes where {} or {} were expected",
+            "record of {} bytes where {}, {} or {} were expected",
             self.len,
             size_of::<SetState>(),
-            size_of::<Accept>()
+            size_of::<Accept>(),
+            size_of::<TimeWait>()
         )
     }
 }

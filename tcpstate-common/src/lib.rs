@@ -10,5 +10,5 @@ pub mod event;
 pub mod state;
 pub mod tracepoint;
 
-pub use event::{Accept, Event, Holder, SetState};
+pub use event::{Accept, Event, Holder, SetState, TimeWait};
 pub use state::TcpState;

@@ -4,7 +4,7 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use tcpstate_common::{
-    Accept, SetState,
+    Accept, SetState, TimeWait,
     counters::{SLOTS, transition_slot},
 };
 
@@ -34,6 +34,12 @@ pub fn transition(from: u32, to: u32, fill: impl FnOnce(u32) -> SetState) {
 /// Sends the record that `fill` makes of the loss count. The reader's tick finds it.
 #[inline(always)]
 pub fn accept(fill: impl FnOnce(u32) -> Accept) {
+    send(fill, || u64::from(BPF_RB_NO_WAKEUP));
+}
+
+/// As [`accept`].
+#[inline(always)]
+pub fn time_wait(fill: impl FnOnce(u32) -> TimeWait) {
     send(fill, || u64::from(BPF_RB_NO_WAKEUP));
 }
 

@@ -5,7 +5,7 @@
 //! shared with the user side is in [`maps`]; the record itself is `tcpstate_common::SetState`.
 //!
 //! Three programs for three kinds of kernel; the loader loads one of them. Beside it, where the kernel takes them,
-//! [`accept`] tells who took a connection, and [`sweep`] lists who holds sockets when it is asked. Nothing is decided here that the
+//! [`accept`] tells who took a connection, [`time_wait`] what becomes of a closed one, and [`sweep`] lists who holds sockets when it is asked. Nothing is decided here that the
 //! user side could decide: no tables, no filters but protocol and network namespace.
 
 #![feature(asm_experimental_arch)]
@@ -19,6 +19,7 @@ mod process;
 mod set_state;
 mod sock;
 mod sweep;
+mod time_wait;
 
 /// The helpers that read kernel memory are for GPL-compatible programs only; the kernel looks for this name.
 #[unsafe(link_section = "license")]

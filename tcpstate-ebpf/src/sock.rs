@@ -71,10 +71,7 @@ impl Sock {
     /// Inode of the network namespace; `None` where that one is not to be traced.
     #[inline(always)]
     pub fn selected_netns(self) -> Option<u32> {
-        let net: *const u8 = load!(self.0, sk_net);
-        let netns = load!(net, net_inum);
-        let only = switch!(netns);
-        (only == 0 || netns == only).then_some(netns)
+        selected_netns(load!(self.0, sk_net))
     }
 
     /// The cookie, which the kernel makes where there is none yet. 5.12+
@@ -163,6 +160,44 @@ impl TcpSock {
     pub fn linger2(self) -> i32 {
         load!(self.0, tcp_linger2)
     }
+}
+
+/// A `struct inet_timewait_sock *`, known to the verifier as that.
+#[derive(Clone, Copy)]
+pub struct TimeWaitSock(*const u8);
+
+impl TimeWaitSock {
+    /// `tw` is an argument of the traced function.
+    #[inline(always)]
+    pub const fn new(tw: *const u8) -> Self {
+        Self(tw)
+    }
+
+    /// As it is stored.
+    #[inline(always)]
+    pub fn cookie(self) -> u64 {
+        load!(self.0, tw_cookie)
+    }
+
+    /// TIME_WAIT, or FIN_WAIT2.
+    #[inline(always)]
+    pub fn substate(self) -> u8 {
+        load!(self.0, tw_substate)
+    }
+
+    /// As [`Sock::selected_netns`].
+    #[inline(always)]
+    pub fn selected_netns(self) -> Option<u32> {
+        selected_netns(load!(self.0, tw_net))
+    }
+}
+
+/// `net`: a `struct net *`, known to the verifier as that.
+#[inline(always)]
+fn selected_netns(net: *const u8) -> Option<u32> {
+    let netns = load!(net, net_inum);
+    let only = switch!(netns);
+    (only == 0 || netns == only).then_some(netns)
 }
 
 /// `sk_flags`.

@@ -3,17 +3,24 @@
 //!
 //! Whatever is wrong with the arguments ends here, with status 2.
 
+use std::fs::{self, File};
+use std::io::Read as _;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow, ensure};
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{ConfigError, DaemonConfig, Interval, RingSize, Settings};
+use crate::config::{DaemonConfig, Interval, Settings};
 use crate::export::Format;
+use crate::export::check::ReportFormat;
 use crate::filter::{Filter, ListFilter, Netns, ValueError};
+use crate::kernel::RingSize;
 use crate::model::named;
+
+/// Far more than all settings take, in bytes.
+const LONGEST_CONFIG: u64 = 1 << 20;
 
 /// With the revision that the build saw.
 const VERSION: &str = concat!(
@@ -42,6 +49,7 @@ Examples:
   sudo tcpstate watch -s close-wait -L 443   what enters and leaves CLOSE_WAIT on port 443
   sudo tcpstate list -s close-wait           who holds sockets in CLOSE_WAIT, and for how long
   sudo tcpstate daemon                       metrics at http://127.0.0.1:10975/metrics
+  sudo tcpstate check                        what of it this host allows
 
 `tcpstate COMMAND --help` says more."
 )]
@@ -55,6 +63,7 @@ pub enum Command {
     Watch(Box<Watch>),
     List(Box<List>),
     Daemon(Box<Daemon>),
+    Check(Check),
 }
 
 /// Follow transitions as they happen
@@ -79,7 +88,7 @@ pub struct Watch {
     pub output: Format,
 
     /// End after N transitions
-    #[arg(short, long, value_name = "N", value_parser = count)]
+    #[arg(short, long, value_name = "N", value_parser = count, allow_negative_numbers = true)]
     pub count: Option<NonZeroU64>,
 
     /// End after this time, such as 10s
@@ -114,8 +123,8 @@ pub struct Watch {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    #[arg(long, hide = true)]
-    ring_size: Option<RingSize>,
+    #[arg(long, hide = true, default_value = "4MiB")]
+    pub ring_size: RingSize,
 
     #[arg(long, hide = true)]
     pub attach: Option<Attach>,
@@ -141,13 +150,6 @@ impl Watch {
     #[must_use]
     pub fn duration(&self) -> Option<Duration> {
         self.duration.map(|Interval(duration)| duration)
-    }
-
-    /// In bytes.
-    #[must_use]
-    pub fn ring_size(&self) -> u64 {
-        let RingSize(bytes) = self.ring_size.unwrap_or_default();
-        bytes
     }
 }
 
@@ -249,11 +251,49 @@ impl Daemon {
     }
 }
 
+/// Tell what this host lacks, and prove that tracing works
+#[derive(Args, Debug)]
+#[command(
+    display_name = "tcpstate",
+    after_help = "\
+Tries each thing that tcpstate can use, and says what is lost without it. Then two loopback connections, \
+in a network namespace of their own where that is allowed, show whether all that happens to them is told, \
+in order and with its owner.
+
+Ends with 0 if nothing is missing, 3 if tracing works but something is missing or undecided, 1 if it can't \
+work."
+)]
+pub struct Check {
+    /// How to show it: text or json
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: ReportFormat,
+
+    /// Network namespaces to trace: all of the host, this one, or one by its inode
+    #[arg(long, value_name = "all|self|INODE", default_value = "all")]
+    pub netns: Netns,
+
+    #[arg(long, hide = true)]
+    pub attach: Option<Attach>,
+}
+
 fn read(path: &Path) -> anyhow::Result<Settings> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("config file {} can't be read", path.display()))?;
-    Settings::from_toml(&text)
-        .map_err(|error: ConfigError| anyhow::anyhow!("config file {}: {error}", path.display()))
+    let shown = path.display();
+    // A device or a pipe may have no end, or no beginning.
+    let unreadable = || format!("config file {shown} can't be read");
+    let file = fs::metadata(path).with_context(unreadable)?;
+    ensure!(
+        file.is_file(),
+        "config file {shown} is no regular file; expected one with TOML"
+    );
+    let mut text = String::new();
+    File::open(path)
+        .and_then(|file| file.take(LONGEST_CONFIG + 1).read_to_string(&mut text))
+        .with_context(unreadable)?;
+    ensure!(
+        text.len() as u64 <= LONGEST_CONFIG,
+        "config file {shown} is too long; expected {LONGEST_CONFIG} bytes at most"
+    );
+    Settings::from_toml(&text).map_err(|error| anyhow!("config file {shown}: {error}"))
 }
 
 named! {
@@ -288,7 +328,7 @@ mod tests {
         assert_eq!(watch.duration(), Some(Duration::from_millis(1500)));
         assert!(watch.raw && watch.utc && watch.quiet && watch.direct);
         assert_eq!(watch.netns, Netns::Own);
-        assert_eq!(watch.ring_size(), 65536);
+        assert_eq!(watch.ring_size.bytes(), 65536);
         assert_eq!(watch.attach, Some(Attach::Tracepoint));
     }
 }

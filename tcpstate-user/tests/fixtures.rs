@@ -27,7 +27,7 @@ fn told(recording: &str) -> String {
     let mut gauges: BTreeMap<String, i64> = BTreeMap::new();
     for line in lines {
         let event = SetState::read_from_bytes(&bytes(line)).expect("a record");
-        table.apply(&event, None, |change| {
+        let applied = table.apply(&event, None, |change| {
             for (place, step) in [(change.before, -1), (change.after, 1)] {
                 if let Some(place) = place {
                     *gauges.entry(place.state.to_string()).or_default() += step;
@@ -66,6 +66,7 @@ fn told(recording: &str) -> String {
             )
             .expect("memory");
         });
+        applied.expect("a cookie where each event has one");
     }
     // Sockets of different threads come in no order.
     let mut told: Vec<String> = sockets.into_values().collect();

@@ -9,10 +9,10 @@ use prometheus::proto::MetricType;
 use tcpstate_common::TcpState;
 use tcpstate_user::export::process::ProcessMetrics;
 use tcpstate_user::export::prometheus::{BuildInfo, METRICS, page};
-use tcpstate_user::model::NetnsSelection;
 use tcpstate_user::model::view::{
     Aged, CommView, Counted, Feature, Health, Histogram, KernelCounted, Program, View,
 };
+use tcpstate_user::model::{Named as _, NetnsSelection};
 
 const BUILD: BuildInfo = BuildInfo {
     version: "0.1.0",
@@ -286,6 +286,17 @@ fn the_documentation_names_every_metric_label_and_value_and_no_other() {
         })
         .collect();
     assert_eq!(documented(), coded);
+}
+
+/// The words of the code, which `tcpstate check` prints.
+#[test]
+fn the_documentation_says_of_each_feature_what_the_code_says() {
+    let docs = include_str!("../../docs/metrics.md");
+    for feature in Feature::ALL {
+        let (gives, without) = (feature.gives(), feature.without());
+        let item = format!("\n  - `{feature}`: {gives}; without it, {without}\n");
+        assert!(docs.contains(&item), "missing: {item}");
+    }
 }
 
 /// The lists of values that the documentation is compared with are those of the page.

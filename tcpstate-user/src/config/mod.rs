@@ -1,6 +1,6 @@
 //! What `tcpstate daemon` is told, by flags and by a file with the same names.
 //!
-//! Owns reading and merging them. What is possible on this host (a ring size, a port) shows when it is tried.
+//! Owns reading and merging them. What can be had on this host (a port, a path) shows when it is tried.
 
 mod value;
 
@@ -14,12 +14,13 @@ use std::time::Duration;
 use clap::Args;
 use toml::{Table, Value};
 
-pub use value::{Interval, RingSize};
+pub use value::Interval;
 use value::{Listen, MaxComms, SocketPath, TelemetryPath};
 
 use crate::export::http::DEFAULT_SOCKET;
 use crate::export::log::{LogFormat, LogLevel};
 use crate::filter::{Netns, ValueError};
+use crate::kernel::RingSize;
 
 const DEFAULT_LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 10975);
 const DEFAULT_TELEMETRY_PATH: &str = "/metrics";
@@ -55,7 +56,7 @@ pub struct Settings {
     reconcile_interval: Option<Interval>,
 
     /// Command names that get series of their own; the rest count as `<other>` [default: 100]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_comms: Option<MaxComms>,
 
     /// What to log: error, warn, info, debug or trace [default: info]
@@ -74,8 +75,7 @@ pub struct DaemonConfig {
     pub listen: Vec<SocketAddr>,
     pub telemetry_path: String,
     pub socket: PathBuf,
-    /// In bytes.
-    pub ring_size: u64,
+    pub ring_size: RingSize,
     pub reconcile_interval: Duration,
     pub max_comms: NonZeroUsize,
     pub log_level: LogLevel,
@@ -158,7 +158,7 @@ impl Settings {
             },
             telemetry_path: path.unwrap_or_else(|| DEFAULT_TELEMETRY_PATH.to_owned()),
             socket,
-            ring_size: self.ring_size.unwrap_or_default().0,
+            ring_size: self.ring_size.unwrap_or_default(),
             reconcile_interval: interval.unwrap_or(DEFAULT_RECONCILE_INTERVAL),
             max_comms: self.max_comms.map_or(DEFAULT_MAX_COMMS, |MaxComms(n)| n),
             log_level: self.log_level.unwrap_or(LogLevel::Info),
@@ -246,6 +246,11 @@ impl<T: Setting> Field for Option<T> {
 impl<T: Setting> Field for Vec<T> {
     fn set(&mut self, value: &Value) -> Result<(), ValueError> {
         match value {
+            Value::Array(values) if values.is_empty() => {
+                return Err(ValueError(
+                    "an empty list given; expected one value or more".to_owned(),
+                ));
+            }
             Value::Array(values) => {
                 for value in values {
                     self.push(T::read(value)?);

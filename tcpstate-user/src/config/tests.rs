@@ -126,6 +126,15 @@ fn a_file_says_what_is_wrong_with_it() {
             "key `ring-size`: `4MB` is no size; expected bytes, KiB or MiB, such as 4MiB",
         ),
         (
+            "ring-size = 5000",
+            "key `ring-size`: `5000` is no ring size; expected a power of two from 4096 (a page) to 1GiB; the \
+             nearest are 4096 and 8192",
+        ),
+        (
+            "web.listen-address = []",
+            "key `web.listen-address`: an empty list given; expected one value or more",
+        ),
+        (
             "reconcile-interval = \"0s\"",
             "key `reconcile-interval`: `0s` is too short; expected more than zero, such as 10s",
         ),

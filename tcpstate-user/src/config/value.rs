@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::{Setting, Written};
 use crate::export::log::{LogFormat, LogLevel};
 use crate::filter::{Netns, Span, ValueError};
+use crate::kernel::RingSize;
 
 fn refuse<T>(value: &str, expected: &str) -> Result<T, ValueError> {
     let value = value.escape_debug();
@@ -86,16 +87,6 @@ impl FromStr for SocketPath {
     }
 }
 
-/// In bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RingSize(pub u64);
-
-impl Default for RingSize {
-    fn default() -> Self {
-        Self(4 << 20)
-    }
-}
-
 impl Setting for RingSize {
     const WRITTEN: Written = Written::Either;
 }
@@ -113,7 +104,9 @@ impl FromStr for RingSize {
         };
         let number: Option<u64> = digits.parse().ok();
         match number.and_then(|number| number.checked_mul(unit)) {
-            Some(bytes) => Ok(Self(bytes)),
+            Some(bytes) => {
+                Self::new(bytes).or_else(|error| refuse(text, &format!("no ring size; {error}")))
+            }
             None => refuse(text, "no size; expected bytes, KiB or MiB, such as 4MiB"),
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! Owns no decision about what is shown; that is the filter's and the table's.
 
+pub mod check;
 pub mod client;
 mod csv;
 pub mod http;

@@ -8,7 +8,7 @@ use jiff::tz::TimeZone;
 
 use super::Rows;
 use super::time::OfDay;
-use crate::model::{End, Endpoint, Line, Listed, Loss, Named, TcpState, Transition};
+use crate::model::{Comm, End, Endpoint, Line, Listed, Loss, Named, TcpState, Transition};
 
 /// What the reader's terminal and wishes decide.
 #[derive(Clone, Debug)]
@@ -162,7 +162,10 @@ impl Text {
         let process = t.owner.map(|owner| owner.process);
         self.clock(t.time_ns);
         self.cell(PID, known(process.map(|process| process.pid)));
-        self.cell(COMM, known(process.and_then(|process| process.comm)));
+        self.cell(
+            COMM,
+            known(process.and_then(|process| process.comm.map(Name))),
+        );
         self.cell(ENDPOINT, At(t.local));
         self.cell(ENDPOINT, At(t.remote));
         self.styled(
@@ -304,6 +307,18 @@ fn known<T: Display>(value: Option<T>) -> impl Display {
     })
 }
 
+/// A process can take its name away; a blank would look like a fault of ours.
+struct Name(Comm);
+
+impl Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.as_bytes().is_empty() {
+            return f.write_str("<empty>");
+        }
+        self.0.fmt(f)
+    }
+}
+
 struct At(Endpoint);
 
 impl Display for At {
@@ -348,7 +363,14 @@ impl Display for Dwell {
 
 #[cfg(test)]
 mod tests {
-    use super::Dwell;
+    use super::{Dwell, Name};
+    use crate::model::Comm;
+
+    #[test]
+    fn a_name_is_never_blank() {
+        let shown = |name| Name(Comm::from_bytes(name)).to_string();
+        assert_eq!([shown(b""), shown(b"sshd")], ["<empty>", "sshd"]);
+    }
 
     #[test]
     fn dwell_is_short_and_never_rounded_up() {

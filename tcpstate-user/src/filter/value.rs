@@ -287,14 +287,17 @@ impl FromStr for Span {
     type Err = ValueError;
 
     fn from_str(text: &str) -> Result<Self, ValueError> {
-        humantime::parse_duration(text).map(Self).or_else(|error| {
+        let whole = match text.strip_prefix('.') {
+            Some(fraction) => &format!("0.{fraction}"),
+            None => text,
+        };
+        let refused = |_| {
             refuse(
                 text,
-                &format!(
-                    "no duration: {error}; expected a number and its unit, such as 10ms, 1.5s or 2h"
-                ),
+                "no duration; expected a number and its unit, such as 10ms, 1.5s or 2h",
             )
-        })
+        };
+        humantime::parse_duration(whole).map(Self).or_else(refused)
     }
 }
 

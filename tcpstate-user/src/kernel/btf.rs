@@ -19,7 +19,7 @@ const MAX_STEPS: u32 = 100_000;
 #[derive(Debug, thiserror::Error)]
 pub enum BtfError {
     #[error("cannot read {VMLINUX}: {0}")]
-    Read(#[source] std::io::Error),
+    Read(std::io::Error),
     #[error("the kernel's BTF is malformed at byte {0}")]
     Malformed(usize),
     #[error("the kernel's BTF has type kind {0}, which this version does not know")]
@@ -28,6 +28,8 @@ pub enum BtfError {
     NoStruct(String),
     #[error("the kernel's BTF has no field {0}")]
     NoField(String),
+    #[error("the kernel was built without {option}, which tcpstate needs")]
+    Option { option: &'static str },
     #[error("the kernel's {0} is a bit field, which can't be addressed")]
     BitField(String),
     #[error("the kernel's {field} has {found} bytes where {expected} were expected")]
@@ -66,6 +68,14 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
     let tcp_sock = btf.structure("tcp_sock")?;
     let net = btf.structure("net")?;
     let task = btf.structure("task_struct")?;
+    let without = |option| {
+        move |error| match error {
+            BtfError::NoField(_) => BtfError::Option { option },
+            other => other,
+        }
+    };
+    let (ipv6, namespaces) = (without("CONFIG_IPV6"), without("CONFIG_NET_NS"));
+    let timewait = btf.structure("inet_timewait_sock")?;
     let socket = btf.structure("socket")?;
     Ok(Offsets {
         sk_family: sock.offset("__sk_common.skc_family", 2)?,
@@ -73,9 +83,13 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
         sk_dport: sock.offset("__sk_common.skc_dport", 2)?,
         sk_rcv_saddr: sock.offset("__sk_common.skc_rcv_saddr", 4)?,
         sk_daddr: sock.offset("__sk_common.skc_daddr", 4)?,
-        sk_v6_rcv_saddr: sock.offset("__sk_common.skc_v6_rcv_saddr", 16)?,
-        sk_v6_daddr: sock.offset("__sk_common.skc_v6_daddr", 16)?,
-        sk_net: sock.offset("__sk_common.skc_net.net", 8)?,
+        sk_v6_rcv_saddr: sock
+            .offset("__sk_common.skc_v6_rcv_saddr", 16)
+            .map_err(ipv6)?,
+        sk_v6_daddr: sock.offset("__sk_common.skc_v6_daddr", 16).map_err(ipv6)?,
+        sk_net: sock
+            .offset("__sk_common.skc_net.net", 8)
+            .map_err(namespaces)?,
         sk_flags: sock.offset("__sk_common.skc_flags", 8)?,
         sk_cookie: sock.offset("__sk_common.skc_cookie", 8)?,
         sk_err: sock.offset("sk_err", 4)?,
@@ -90,6 +104,9 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
         task_group_leader: task.offset("group_leader", 8)?,
         task_comm: task.offset("comm", 16)?,
         task_start_boottime: task.offset("start_boottime", 8)?,
+        tw_cookie: timewait.offset("__tw_common.skc_cookie", 8)?,
+        tw_net: timewait.offset("__tw_common.skc_net.net", 8)?,
+        tw_substate: timewait.offset("tw_substate", 1)?,
         socket_sk: socket.offset("sk", 8)?,
     })
 }

@@ -10,7 +10,6 @@ use caps::{CapSet, Capability};
 use super::{
     btf::{BtfError, VMLINUX},
     load::Path,
-    ring::RingSizeError,
     tracepoint::TracepointError,
 };
 
@@ -22,8 +21,6 @@ const CGROUP_ACCOUNTING: (u32, u32) = (5, 11);
 /// Why tracing did not start; nothing is left attached. The text is one line.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    #[error(transparent)]
-    RingSize(#[from] RingSizeError),
     #[error(transparent)]
     Btf(#[from] BtfError),
     #[error(transparent)]
@@ -46,7 +43,10 @@ pub enum StartError {
          module refuses bpf(2)"
     )]
     Forbidden(&'static str),
-    #[error("kernel lockdown is in confidentiality mode, which forbids eBPF to read kernel memory")]
+    #[error(
+        "kernel lockdown is in confidentiality mode, which forbids eBPF to read kernel memory; it takes a boot with \
+         lockdown=integrity, or without"
+    )]
     Lockdown,
     #[error("kernel {0} is too old; 5.8 or later is needed")]
     KernelTooOld(String),
@@ -78,7 +78,7 @@ impl Attempt {
         let errno = errno_of(error);
         match errno {
             Some(libc::EPERM | libc::EACCES) if !missing().is_empty() => {
-                return StartError::Capabilities(missing().join(" and "));
+                return StartError::Capabilities(listed(&missing()));
             }
             Some(libc::EPERM) if locked_down() => return StartError::Lockdown,
             // Before 5.11 the limit is answered with EPERM.
@@ -98,18 +98,54 @@ impl Attempt {
                     limit: "the memory cgroup's limit, or the machine's memory, is used up",
                 };
             }
+            Some(errno @ (libc::EMFILE | libc::ENFILE)) => {
+                return StartError::Other {
+                    step: self.step,
+                    reason: io::Error::from_raw_os_error(errno).to_string(),
+                };
+            }
             _ => {}
         }
         if let Some(log) = verifier_log(error) {
-            return StartError::Verifier {
-                path: self.path,
-                reason: last_words(&log),
-            };
+            return refusal(self.path, &log);
         }
         StartError::Other {
             step: self.step,
             reason: chain(error),
         }
+    }
+}
+
+/// What the verifier's log means.
+fn refusal(path: Path, log: &str) -> StartError {
+    let reason = last_words(log);
+    // Every kernel that we run on has this helper, and lockdown takes it away.
+    if reason.contains("bpf_probe_read_kernel#") {
+        return StartError::Lockdown;
+    }
+    StartError::Verifier { path, reason }
+}
+
+/// The capabilities that this thread lacks to trace in every network namespace, in words.
+pub(super) fn missing_for_all_namespaces() -> Option<String> {
+    let effective = caps::read(None, CapSet::Effective).unwrap_or_default();
+    let mut names = missing();
+    // To enter a namespace, and to find those of other users' processes.
+    for (capability, name) in [
+        (Capability::CAP_SYS_ADMIN, "CAP_SYS_ADMIN"),
+        (Capability::CAP_SYS_PTRACE, "CAP_SYS_PTRACE"),
+    ] {
+        if !effective.contains(&capability) {
+            names.push(name);
+        }
+    }
+    (!names.is_empty()).then(|| listed(&names))
+}
+
+fn listed(names: &[&str]) -> String {
+    match names {
+        [most @ .., last] if !most.is_empty() => format!("{} and {last}", most.join(", ")),
+        names => names.concat(),
     }
 }
 
@@ -249,6 +285,28 @@ mod tests {
                    verification time 30 usec\nstack depth 0\nprocessed 3 insns (limit 1000000) peak_states 0\n\n";
         assert_eq!(last_words(log), "unknown func bpf_get_socket_cookie#46");
         assert_eq!(last_words(""), "it gave no reason");
+    }
+
+    #[test]
+    fn a_helper_that_lockdown_takes_away_is_told_as_that() {
+        for path in [Path::TpBtf, Path::TpBtfNoCookie] {
+            for refused in ["unknown func", "program of this type cannot use helper"] {
+                let log = |helper| {
+                    format!("7: (85) call {helper}\n{refused} {helper}\nprocessed 8 insns\n")
+                };
+                let locked = refusal(path, &log("bpf_probe_read_kernel#113"));
+                assert!(matches!(locked, StartError::Lockdown), "{locked}");
+                let old = refusal(path, &log("bpf_get_socket_cookie#46"));
+                assert!(matches!(old, StartError::Verifier { .. }), "{old}");
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_listed_as_one_says_them() {
+        assert_eq!(listed(&["A"]), "A");
+        assert_eq!(listed(&["A", "B"]), "A and B");
+        assert_eq!(listed(&["A", "B", "C"]), "A, B and C");
     }
 
     #[test]

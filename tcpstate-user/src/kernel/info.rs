@@ -54,7 +54,8 @@ pub struct RunStats {
 }
 
 /// Whether the kernel measures programs now (`kernel.bpf_stats_enabled`).
-pub(super) fn stats_enabled() -> bool {
+#[must_use]
+pub fn stats_enabled() -> bool {
     fs::read_to_string("/proc/sys/kernel/bpf_stats_enabled").is_ok_and(|text| text.trim() == "1")
 }
 

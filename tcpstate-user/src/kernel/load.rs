@@ -22,12 +22,14 @@ use tcpstate_common::{
 };
 use zerocopy::IntoBytes as _;
 
+use crate::model::{Named as _, view::Feature};
+
 use super::{
     btf::{self, Layout},
     capability::{self, Attempt, StartError},
-    holders,
     info::{self, Block, Counters, ProgInfo, RunStats},
-    ring::{self, Drained, WAKE_SHARE, check_ring_size},
+    optional,
+    ring::{self, Drained, RingSize, WAKE_SHARE},
     tracepoint,
 };
 
@@ -98,8 +100,7 @@ pub enum Netns {
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub netns: Netns,
-    /// In bytes; see [`check_ring_size`].
-    pub ring_size: u32,
+    pub ring_size: RingSize,
     /// Only this way, not the best that works.
     pub path: Option<Path>,
 }
@@ -112,8 +113,10 @@ pub struct Session {
     lost: Array<MapData, u64>,
     /// The programs and their links.
     ebpf: Ebpf,
+    cookie: Result<(), String>,
     accept: Result<(), String>,
     sweep: Result<(), String>,
+    time_wait: Result<(), String>,
     #[cfg(feature = "ebpf-log")]
     log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
@@ -124,7 +127,6 @@ impl Session {
     /// # Errors
     /// [`StartError`]; nothing is attached then.
     pub fn start(options: &Options) -> Result<Self, StartError> {
-        let ring_size = check_ring_size(options.ring_size.into())?;
         capability::lift_memlock();
         let candidates = match options.path {
             Some(path) => vec![path],
@@ -133,12 +135,18 @@ impl Session {
         };
         let mut last_refusal = None;
         for path in candidates {
-            match Self::start_by(path, options.netns, ring_size) {
+            match Self::start_by(path, options.netns, options.ring_size.bytes()) {
                 // The verifier names a helper that it does not have no other way than it names a mistake.
                 Err(error @ StartError::Verifier { .. }) => {
                     last_refusal = Some(error);
                 }
-                result => return result,
+                result => {
+                    return result.map(|session| Self {
+                        // Why a lesser way was taken.
+                        cookie: last_refusal.map_or(session.cookie, |error| Err(error.to_string())),
+                        ..session
+                    });
+                }
             }
         }
         Err(last_refusal.expect("there is a candidate, and it was refused"))
@@ -193,8 +201,14 @@ impl Session {
         attach(&mut ebpf, path, btf.as_ref())
             .map_err(|error| failed("attach the program")(&error))?;
         let arguments = layout.accept_arguments;
-        let accept = holders::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
-        let sweep = holders::load_sweep(&mut ebpf, path, btf.as_ref());
+        let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
+        let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
+        let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
+        let cookie = match path {
+            Path::TpBtf => Ok(()),
+            Path::TpBtfNoCookie => Err("not asked for".to_owned()),
+            Path::Tracepoint => Err("it needs BTF".to_owned()),
+        };
         drop(btf);
         let ring = take(&mut ebpf, "RING").map_err(|error| failed("map the ring")(&error))?;
         let opened = |error: MapError| failed("open the counters")(&error);
@@ -210,8 +224,10 @@ impl Session {
             transitions,
             lost,
             ebpf,
+            cookie,
             accept,
             sweep,
+            time_wait,
             #[cfg(feature = "ebpf-log")]
             log,
         })
@@ -237,6 +253,14 @@ impl Session {
         self.accept.as_ref().copied().map_err(String::as_str)
     }
 
+    /// Whether events tell of timewait sockets; else why not.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn time_wait(&self) -> Result<(), &str> {
+        self.time_wait.as_ref().copied().map_err(String::as_str)
+    }
+
     /// Whether [`begin_sweep`](Self::begin_sweep) can be had; else why not.
     ///
     /// # Errors
@@ -245,13 +269,28 @@ impl Session {
         self.sweep.as_ref().copied().map_err(String::as_str)
     }
 
+    /// What a kernel may lack: in use, or why not.
+    pub fn features(&self) -> impl Iterator<Item = (Feature, Result<(), &str>)> {
+        Feature::ALL.iter().map(|&feature| {
+            let in_use = match feature {
+                Feature::TpBtf if self.path == Path::Tracepoint => Err("the kernel has no BTF"),
+                Feature::TpBtf => Ok(()),
+                Feature::SocketCookie => self.cookie.as_ref().copied().map_err(String::as_str),
+                Feature::AcceptFexit => self.accept(),
+                Feature::TimeWaitFentry => self.time_wait(),
+                Feature::TaskFileIter => self.sweep(),
+            };
+            (feature, in_use)
+        })
+    }
+
     /// A file of [`Holder`](tcpstate_common::Holder)s: every process that has a descriptor of a TCP socket in the
     /// selected namespaces, as often as it has one. Reading it is the work, and may be done by another thread.
     ///
     /// # Errors
     /// The kernel's refusal.
     pub fn begin_sweep(&mut self) -> io::Result<File> {
-        holders::begin_sweep(&mut self.ebpf)
+        optional::begin_sweep(&mut self.ebpf)
     }
 
     /// Hands the waiting records to `sink`, at most `budget` of them.

@@ -1,15 +1,16 @@
 //! The running kernel: the only folder that knows aya and netlink.
 //!
-//! [`load`] attaches the eBPF program, [`ring`] hands on its records, [`info`] what the kernel counts, `holders` who holds sockets; [`btf`] and
-//! [`tracepoint`] read the layouts that the program depends on, and [`capability`] explains refusals. [`snapshot`] dumps
-//! sockets, in each namespace that [`netns`] finds. What any of it means is not decided here.
+//! [`load`] attaches the eBPF program, `optional` those that a kernel may lack, [`ring`] hands on their records, [`info`]
+//! what the kernel counts; [`btf`] and [`tracepoint`] read the layouts that the programs depend on, and [`capability`]
+//! explains refusals. [`snapshot`] dumps sockets, in each namespace that [`netns`] finds. What any of it means is not
+//! decided here.
 
 pub mod btf;
 pub mod capability;
-mod holders;
 pub mod info;
 pub mod load;
 pub mod netns;
+mod optional;
 pub mod ring;
 pub mod snapshot;
 pub mod tracepoint;
@@ -17,4 +18,4 @@ pub mod tracepoint;
 pub use capability::StartError;
 pub use info::{Counters, RunStats};
 pub use load::{Netns, Options, Path, Session};
-pub use ring::{DEFAULT_RING_SIZE, Drained, RingSizeError, check_ring_size};
+pub use ring::{Drained, RingSize};

@@ -1,37 +1,56 @@
 //! The host's network namespaces: finding them, and entering one.
 //!
 //! What is done inside them is the caller's. A namespace is found by the main thread of a process that is in
-//! it, or by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace. One that is held
-//! only by another thread, an open descriptor or a socket is not found.
+//! it, by a bind mount of it (`ip netns add`, container runtimes) in our mount namespace, or by another thread
+//! of a process that is known to own a socket there. One that only descriptors or sockets hold is not found: to
+//! ask a socket for its namespace (SIOCGSKNS) we would have to share it (`pidfd_getfd`), and where its process
+//! closes it just then, the close is ours, with all that it waits for (SO_LINGER).
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::path::{Path, PathBuf};
+use std::thread;
 
+use rustc_hash::FxHashSet;
 use rustix::io::Errno;
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::net::{AddressFamily, SocketType};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+
+use super::capability;
+
+/// Threads that are looked at in one search at most, each some microseconds' work: a process that leads nowhere may
+/// have any number.
+const MOST_THREADS: usize = 10_000;
+
+/// A network namespace, by inode, and a process that owns a socket in it, by its pid in ours.
+pub type Lead = (u32, u32);
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
     #[error(
         "no network namespace {inode} found on this host; `lsns -t net` lists them{}",
-        .unreadable.as_ref().map(|reason| format!(" (not readable: {reason})")).unwrap_or_default()
+        .unreadable.as_ref().map(|reason| {
+            format!("; processes that could not be looked at, which CAP_SYS_PTRACE allows: {reason}")
+        }).unwrap_or_default()
     )]
     NotFound {
         inode: u32,
         /// What could not be searched.
         unreadable: Option<String>,
     },
+    #[error("can't trace network namespace {inode}: {error}; `--netns self` traces only this one")]
+    Enter { inode: u32, error: io::Error },
     #[error(
-        "all network namespaces need CAP_SYS_ADMIN, which is missing; `--netns self` traces only this one"
+        "no right to trace all network namespaces: {0} missing; run as root, or give the program these capabilities; \
+         `--netns self`, which is only this one, takes neither CAP_SYS_ADMIN nor CAP_SYS_PTRACE"
     )]
-    AllNeedsSysAdmin,
-    #[error("can't {what}: {source}")]
+    Capabilities(String),
+    #[error("can't {what}: {error}")]
     Io {
         what: &'static str,
-        source: io::Error,
+        error: io::Error,
     },
 }
 
@@ -47,8 +66,7 @@ pub struct Namespace {
 pub struct Found {
     /// By inode, each once.
     pub namespaces: Vec<Namespace>,
-    /// Processes and mounts whose namespace could not be read (another's process needs CAP_SYS_PTRACE): how
-    /// many, and the first with the reason.
+    /// Processes and mounts whose namespace could not be read: how many, and the first with the reason.
     pub unreadable: Option<String>,
 }
 
@@ -95,29 +113,50 @@ pub fn own() -> io::Result<u32> {
     inode_of(&rustix::fs::stat("/proc/thread-self/ns/net")?)
 }
 
+/// Moves the calling thread into a new namespace of its own, with loopback up, and gives its inode. It ends with the
+/// thread and those that it starts.
+///
+/// # Errors
+/// The kernel's refusal; it needs CAP_SYS_ADMIN. The thread is where it was then, unless loopback can't be had.
+pub fn enter_new() -> io::Result<u32> {
+    // SAFETY: a thread alone may have another network namespace; no descriptors are unshared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }?;
+    // SAFETY: `ifreq` is integers and arrays, for which zeros are values.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[..2].copy_from_slice(&[b'l', b'o'].map(|byte| byte as libc::c_char));
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    // SAFETY: SIOCSIFFLAGS takes a pointer to an `ifreq`, which lives through the call.
+    let result = unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as libc::Ioctl,
+            &raw const request,
+        )
+    };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    own()
+}
+
 fn inode_of(stat: &rustix::fs::Stat) -> io::Result<u32> {
     // Namespaces are numbered by `unsigned int inum` (struct ns_common).
     u32::try_from(stat.st_ino).map_err(|_| io::Error::other("not a namespace"))
 }
 
-/// Every namespace of the host that can be found.
+/// Every namespace of the host that can be found, also by `leads`.
 ///
 /// # Errors
-/// [`NetnsError::AllNeedsSysAdmin`] without the right to enter them; or `/proc` can't be read.
-pub fn all() -> Result<Found, NetnsError> {
-    let sys_admin = caps::has_cap(
-        None,
-        caps::CapSet::Effective,
-        caps::Capability::CAP_SYS_ADMIN,
-    )
-    .map_err(|error| NetnsError::Io {
-        what: "read the capabilities of this thread",
-        source: io::Error::other(error),
-    })?;
-    if !sys_admin {
-        return Err(NetnsError::AllNeedsSysAdmin);
+/// [`NetnsError::Capabilities`] without the right to find and enter them: all that are missing to trace there; or
+/// `/proc` can't be read.
+pub fn all(leads: &FxHashSet<Lead>) -> Result<Found, NetnsError> {
+    if let Some(missing) = capability::missing_for_all_namespaces() {
+        return Err(NetnsError::Capabilities(missing));
     }
-    search(|_| true)
+    let mut found = search(|_| true)?;
+    found.follow(leads);
+    Ok(found)
 }
 
 /// The namespace with this inode.
@@ -130,6 +169,50 @@ pub fn find(inode: u32) -> Result<Namespace, NetnsError> {
         inode,
         unreadable: found.unreadable,
     })
+}
+
+/// As [`find`], and it can be entered.
+///
+/// # Errors
+/// As [`find`], and [`NetnsError::Enter`].
+pub fn check(inode: u32) -> Result<(), NetnsError> {
+    let namespace = find(inode)?;
+    let entered = thread::Builder::new().spawn(move || namespace.enter());
+    entered
+        .and_then(|thread| thread.join().unwrap_or(Err(io::ErrorKind::Other.into())))
+        .map_err(|error| NetnsError::Enter { inode, error })
+}
+
+impl Found {
+    /// Adds namespaces that only threads of these processes are in.
+    fn follow(&mut self, leads: &FxHashSet<Lead>) {
+        let mut wanted: BTreeMap<u32, FxHashSet<u32>> = BTreeMap::new();
+        for &(inode, pid) in leads {
+            if !self.namespaces.iter().any(|found| found.inode == inode) {
+                wanted.entry(pid).or_default().insert(inode);
+            }
+        }
+        let threads = wanted.iter().flat_map(|(pid, inodes)| {
+            let threads = fs::read_dir(format!("/proc/{pid}/task"));
+            // It may have ended since it was seen to own a socket.
+            let threads = threads.into_iter().flatten().flatten();
+            threads.map(move |thread| (thread.path().join("ns/net"), inodes))
+        });
+        let mut added = FxHashSet::default();
+        for (path, inodes) in threads.take(MOST_THREADS) {
+            let is_news = |inode: &u32| inodes.contains(inode) && !added.contains(inode);
+            let inode = rustix::fs::stat(&path)
+                .ok()
+                .and_then(|stat| inode_of(&stat).ok());
+            if inode.as_ref().is_some_and(is_news)
+                && let Ok(namespace) = Namespace::open(&path)
+                && is_news(&namespace.inode)
+            {
+                added.insert(namespace.inode);
+                self.namespaces.push(namespace);
+            }
+        }
+    }
 }
 
 fn search(wanted: impl Fn(u32) -> bool) -> Result<Found, NetnsError> {
@@ -163,7 +246,7 @@ fn search(wanted: impl Fn(u32) -> bool) -> Result<Found, NetnsError> {
         namespaces: namespaces.into_values().collect(),
         unreadable: first.map(|first| match failed {
             1 => first,
-            more => format!("{more} namespaces, the first: {first}"),
+            more => format!("{more} of them, the first {first}"),
         }),
     })
 }
@@ -176,23 +259,23 @@ fn vanished(error: &io::Error) -> bool {
 
 fn candidates() -> Result<Vec<PathBuf>, NetnsError> {
     let mut paths = vec![PathBuf::from("/proc/thread-self/ns/net")];
-    let proc = fs::read_dir("/proc").map_err(|source| NetnsError::Io {
+    let proc = fs::read_dir("/proc").map_err(|error| NetnsError::Io {
         what: "list the processes in /proc",
-        source,
+        error,
     })?;
     for entry in proc {
-        let entry = entry.map_err(|source| NetnsError::Io {
+        let entry = entry.map_err(|error| NetnsError::Io {
             what: "list the processes in /proc",
-            source,
+            error,
         })?;
         let name = entry.file_name();
         if name.as_encoded_bytes().iter().all(u8::is_ascii_digit) {
             paths.push(entry.path().join("ns/net"));
         }
     }
-    let mounts = fs::read("/proc/self/mountinfo").map_err(|source| NetnsError::Io {
+    let mounts = fs::read("/proc/self/mountinfo").map_err(|error| NetnsError::Io {
         what: "read /proc/self/mountinfo",
-        source,
+        error,
     })?;
     paths.extend(mounted(&mounts));
     Ok(paths)
@@ -240,7 +323,7 @@ fn unescape(field: &[u8]) -> Vec<u8> {
 mod tests {
     use std::path::PathBuf;
 
-    use super::{NetnsError, all, find, mounted, own};
+    use super::{FxHashSet, NetnsError, all, find, mounted, own};
 
     #[test]
     fn mounts_of_network_namespaces_are_found_among_others() {
@@ -280,19 +363,32 @@ mod tests {
     }
 
     #[test]
-    fn all_of_them_need_a_capability_that_the_error_names() {
-        std::thread::spawn(|| {
-            caps::drop(
-                None,
-                caps::CapSet::Effective,
-                caps::Capability::CAP_SYS_ADMIN,
-            )
-            .expect("dropping is always allowed");
-            let error = all().expect_err("without the capability");
-            assert!(matches!(error, NetnsError::AllNeedsSysAdmin));
-            assert!(error.to_string().contains("--netns self"), "{error}");
-        })
-        .join()
-        .expect("no panic");
+    fn all_of_them_need_capabilities_that_the_error_names() {
+        let without = |lacking: &'static [caps::Capability]| {
+            let refused = std::thread::spawn(move || {
+                for &capability in lacking {
+                    caps::drop(None, caps::CapSet::Effective, capability).expect("allowed");
+                }
+                all(&FxHashSet::default())
+            });
+            refused.join().expect("no panic").map(drop)
+        };
+        for (lacking, named) in [
+            (&[caps::Capability::CAP_SYS_ADMIN][..], "CAP_SYS_ADMIN"),
+            (&[caps::Capability::CAP_SYS_PTRACE], "CAP_SYS_PTRACE"),
+            (
+                &[
+                    caps::Capability::CAP_SYS_ADMIN,
+                    caps::Capability::CAP_SYS_PTRACE,
+                ],
+                "CAP_SYS_ADMIN and CAP_SYS_PTRACE",
+            ),
+        ] {
+            let error = without(lacking).expect_err("without the capability");
+            assert!(matches!(error, NetnsError::Capabilities(_)));
+            let error = error.to_string();
+            assert!(error.contains(&format!("{named} missing;")), "{error}");
+            assert!(error.contains("--netns self"), "{error}");
+        }
     }
 }

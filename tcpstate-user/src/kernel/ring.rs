@@ -2,48 +2,74 @@
 //!
 //! When to drain is the caller's: the kernel side wakes only for much (see [`WAKE_SHARE`]), so a tick is needed.
 
+use std::fmt;
+
 use aya::maps::{MapData, RingBuf};
 use tcpstate_common::{Event, event::BadRecord};
-
-/// 150 ms of slack at 240,000 events a second.
-pub const DEFAULT_RING_SIZE: u32 = 4 << 20;
 
 /// The kernel wakes the reader where this part of the ring is full.
 pub const WAKE_SHARE: u32 = 4;
 
-const MAX_RING_SIZE: u64 = 1 << 30;
+const LARGEST: u64 = 1 << 30;
 
-/// A ring size that the kernel would not take.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("ring size {asked} is not {expected}; try {suggestion}")]
+/// In bytes, as the kernel takes it: a power of two of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingSize(u32);
+
+/// Not a [`RingSize`]; says what would be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingSizeError {
-    asked: u64,
-    expected: &'static str,
-    suggestion: u64,
+    least: u64,
+    /// `None` where only one is near.
+    below: Option<u64>,
+    above: u64,
 }
 
-/// # Errors
-/// Where the size is not a power of two of pages, or above 1 GiB.
-pub fn check_ring_size(bytes: u64) -> Result<u32, RingSizeError> {
-    check_against(bytes, rustix::param::page_size() as u64)
-}
-
-fn check_against(asked: u64, page: u64) -> Result<u32, RingSizeError> {
-    if asked > MAX_RING_SIZE {
-        return Err(RingSizeError {
-            asked,
-            expected: "at most 1 GiB",
-            suggestion: MAX_RING_SIZE,
-        });
+impl RingSize {
+    /// # Errors
+    /// Where the size is not a power of two of pages, or above 1 GiB.
+    pub fn new(bytes: u64) -> Result<Self, RingSizeError> {
+        Self::of_pages(bytes, rustix::param::page_size() as u64)
     }
-    let suggestion = asked.next_power_of_two().max(page);
-    match u32::try_from(asked) {
-        Ok(size) if asked == suggestion => Ok(size),
-        _ => Err(RingSizeError {
-            asked,
-            expected: "a power of two of pages",
-            suggestion,
-        }),
+
+    fn of_pages(bytes: u64, page: u64) -> Result<Self, RingSizeError> {
+        let sizes = page..=LARGEST;
+        match u32::try_from(bytes) {
+            Ok(size) if size.is_power_of_two() && sizes.contains(&bytes) => Ok(Self(size)),
+            _ => {
+                let above = bytes.clamp(page, LARGEST).next_power_of_two();
+                Err(RingSizeError {
+                    least: page,
+                    below: sizes.contains(&bytes).then_some(above / 2),
+                    above,
+                })
+            }
+        }
+    }
+
+    #[must_use]
+    pub const fn bytes(self) -> u32 {
+        self.0
+    }
+}
+
+impl Default for RingSize {
+    /// 150 ms of slack at 240,000 events a second.
+    fn default() -> Self {
+        Self(4 << 20)
+    }
+}
+
+impl std::error::Error for RingSizeError {}
+
+impl fmt::Display for RingSizeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let least = self.least;
+        write!(f, "expected a power of two from {least} (a page) to 1GiB")?;
+        match self.below {
+            Some(below) => write!(f, "; the nearest are {below} and {}", self.above),
+            None => write!(f, "; the nearest is {}", self.above),
+        }
     }
 }
 
@@ -76,50 +102,43 @@ mod tests {
 
     use super::*;
 
-    fn refusal(asked: u64) -> String {
-        check_against(asked, 4096).unwrap_err().to_string()
+    fn refusal(bytes: u64) -> String {
+        RingSize::of_pages(bytes, 4096).unwrap_err().to_string()
     }
 
     #[test]
     fn sizes_that_the_kernel_takes() {
-        for size in [4096, 8192, DEFAULT_RING_SIZE.into(), MAX_RING_SIZE] {
-            assert_eq!(check_against(size, 4096).map(u64::from), Ok(size));
+        for size in [4096, 8192, 4 << 20, LARGEST] {
+            let taken = RingSize::of_pages(size, 4096).unwrap();
+            assert_eq!(u64::from(taken.bytes()), size);
         }
+        let default = RingSize::default().bytes().into();
+        assert_eq!(RingSize::of_pages(default, 65536), Ok(RingSize::default()));
     }
 
     #[test]
-    fn others_are_refused_with_one_that_would_do() {
+    fn others_are_refused_with_those_that_would_do() {
+        let expected = "expected a power of two from 4096 (a page) to 1GiB; the nearest";
+        for size in [0, 1, 2048, 3000] {
+            assert_eq!(refusal(size), format!("{expected} is 4096"));
+        }
+        assert_eq!(refusal(5000), format!("{expected} are 4096 and 8192"));
+        for size in [LARGEST + 1, LARGEST * 2, u64::MAX] {
+            assert_eq!(refusal(size), format!("{expected} is 1073741824"));
+        }
         assert_eq!(
-            refusal(3000),
-            "ring size 3000 is not a power of two of pages; try 4096"
-        );
-        assert_eq!(
-            refusal(0),
-            "ring size 0 is not a power of two of pages; try 4096"
-        );
-        assert_eq!(
-            refusal(2048),
-            "ring size 2048 is not a power of two of pages; try 4096"
-        );
-        assert_eq!(
-            refusal(5000),
-            "ring size 5000 is not a power of two of pages; try 8192"
-        );
-        assert_eq!(
-            refusal(u64::MAX),
-            "ring size 18446744073709551615 is not at most 1 GiB; try 1073741824"
-        );
-        assert_eq!(
-            check_against(4096, 65536).unwrap_err().to_string(),
-            "ring size 4096 is not a power of two of pages; try 65536"
+            RingSize::of_pages(4096, 65536).unwrap_err().to_string(),
+            "expected a power of two from 65536 (a page) to 1GiB; the nearest is 65536"
         );
     }
 
     proptest! {
         #[test]
-        fn a_suggestion_is_always_accepted(asked in any::<u64>(), page in prop::sample::select(vec![4096_u64, 16384, 65536])) {
-            if let Err(error) = check_against(asked, page) {
-                prop_assert!(check_against(error.suggestion, page).is_ok());
+        fn what_is_offered_is_taken(size in any::<u64>(), page in prop::sample::select(vec![4096_u64, 16384, 65536])) {
+            if let Err(RingSizeError { below, above, .. }) = RingSize::of_pages(size, page) {
+                for offered in below.into_iter().chain([above]) {
+                    prop_assert!(RingSize::of_pages(offered, page).is_ok());
+                }
             }
         }
     }

@@ -8,19 +8,26 @@ mod parse;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::thread;
+use std::time::Duration;
 
+use rustc_hash::FxHashSet;
+use rustix::io::Errno;
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::time::{ClockId, clock_gettime};
 
 use self::parse::{Message, Request};
-use super::netns::{self, Namespace, NetnsError};
+use super::netns::{self, Lead, Namespace, NetnsError};
 use crate::model::NetnsSelection;
 use crate::table::{Record, Snapshot, StateMask, Unreachable};
 
 /// The kernel fills messages of up to 32 KiB once it has seen that the reader has room for them
 /// (`netlink_recvmsg`, `netlink_dump`); larger ones it never makes, unless one socket alone needs more.
 const RECEIVE_BYTES: usize = 64 << 10;
+
+/// Each receive call has the kernel make one batch, of milliseconds' work.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often a dump that the kernel called inconsistent is tried in all.
 const TRIES: usize = 3;
@@ -29,8 +36,8 @@ const TRIES: usize = 3;
 pub enum SnapshotError {
     #[error(transparent)]
     Netns(#[from] NetnsError),
-    #[error("can't list the sockets of network namespace {inode}: {source}")]
-    Dump { inode: u32, source: DumpError },
+    #[error("can't list the sockets of network namespace {inode}: {error}")]
+    Dump { inode: u32, error: DumpError },
     #[error("the snapshot's thread panicked")]
     Panicked,
     #[error("can't start a thread for a snapshot: {0}")]
@@ -42,14 +49,16 @@ pub enum SnapshotError {
 pub enum DumpError {
     #[error(transparent)]
     Io(#[from] io::Error),
+    #[error("the kernel did not answer in time")]
+    NoAnswer,
     #[error("netlink: {0}")]
-    Netlink(#[from] rustix::io::Errno),
+    Netlink(#[from] Errno),
     #[error(
         "the kernel has no inet_diag for tcp (CONFIG_INET_TCP_DIAG, or the module tcp_diag is missing)"
     )]
     NoDiag,
     #[error("the kernel refused the dump: {0}")]
-    Refused(rustix::io::Errno),
+    Refused(Errno),
     #[error("the kernel could not give a consistent dump in {TRIES} tries")]
     Interrupted,
     #[error("a message of {len} bytes, more than the {RECEIVE_BYTES} there is room for")]
@@ -58,7 +67,7 @@ pub enum DumpError {
     Malformed(#[from] parse::Malformed),
 }
 
-/// Lists the TCP sockets that are in one of `states`, in the selected namespaces.
+/// Lists the TCP sockets that are in one of `states`, in the selected namespaces; `leads` help to find all of them.
 ///
 /// Works on a thread of its own and waits for it. With [`NetnsSelection::All`] a namespace that can't be read is
 /// reported in the snapshot, and none of its sockets are there; with one, that is an error. CLOSE can't be
@@ -66,10 +75,14 @@ pub enum DumpError {
 ///
 /// # Errors
 /// The selection can't be had, or a thread.
-pub fn take(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, SnapshotError> {
+pub fn take(
+    selection: NetnsSelection,
+    states: StateMask,
+    leads: FxHashSet<Lead>,
+) -> Result<Snapshot, SnapshotError> {
     thread::Builder::new()
         .name("snapshot".to_owned())
-        .spawn(move || take_here(selection, states))
+        .spawn(move || take_here(selection, states, &leads))
         .map_err(SnapshotError::Thread)?
         .join()
         // Its message is on stderr already.
@@ -77,7 +90,11 @@ pub fn take(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, Sn
 }
 
 /// Leaves the calling thread in any of the namespaces.
-fn take_here(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, SnapshotError> {
+fn take_here(
+    selection: NetnsSelection,
+    states: StateMask,
+    leads: &FxHashSet<Lead>,
+) -> Result<Snapshot, SnapshotError> {
     let mut snapshot = Snapshot {
         states,
         started_ns: boot_time_ns(),
@@ -87,11 +104,11 @@ fn take_here(selection: NetnsSelection, states: StateMask) -> Result<Snapshot, S
         NetnsSelection::One(inode) => {
             let namespace = netns::find(inode)?;
             dump_into(&mut snapshot, &namespace)
-                .map_err(|source| SnapshotError::Dump { inode, source })?;
+                .map_err(|error| SnapshotError::Dump { inode, error })?;
         }
         NetnsSelection::All => {
             snapshot.whole_host = true;
-            let found = netns::all()?;
+            let found = netns::all(leads)?;
             for namespace in found.namespaces {
                 if let Err(error) = dump_into(&mut snapshot, &namespace) {
                     snapshot.unreachable.push(Unreachable {
@@ -156,7 +173,7 @@ fn dump_once(
     states: StateMask,
     netns: u32,
 ) -> Result<bool, DumpError> {
-    let socket = open()?;
+    let socket = open(PATIENCE)?;
     let mut buffer = vec![0; RECEIVE_BYTES];
     let mut consistent = true;
 
@@ -179,8 +196,7 @@ fn dump_once(
             match message {
                 Message::Socket(found) => records.extend(found.record(states, netns, read_ns)),
                 Message::Done(None) => return Ok(consistent),
-                Message::Failed(rustix::io::Errno::NOENT)
-                | Message::Done(Some(rustix::io::Errno::NOENT)) => {
+                Message::Failed(Errno::NOENT) | Message::Done(Some(Errno::NOENT)) => {
                     return Err(DumpError::NoDiag);
                 }
                 Message::Failed(errno) | Message::Done(Some(errno)) => {
@@ -192,8 +208,8 @@ fn dump_once(
     }
 }
 
-/// Connected to the kernel, so that nothing else can send to it.
-fn open() -> Result<OwnedFd, DumpError> {
+/// Connected to the kernel, so that nothing else can send to it. No call waits for longer than `patience`.
+fn open(patience: Duration) -> Result<OwnedFd, DumpError> {
     let socket = rustix::net::socket_with(
         AddressFamily::NETLINK,
         SocketType::DGRAM,
@@ -201,13 +217,18 @@ fn open() -> Result<OwnedFd, DumpError> {
         Some(SOCK_DIAG),
     )?;
     rustix::net::connect(&socket, &SocketAddrNetlink::new(0, 0))?;
+    set_socket_timeout(&socket, Timeout::Recv, Some(patience))?;
     Ok(socket)
 }
 
 fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, DumpError> {
     let room = buffer.len();
-    let (_, len) =
-        rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *buffer, RecvFlags::TRUNC))?;
+    let received =
+        rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *buffer, RecvFlags::TRUNC));
+    let (_, len) = received.map_err(|errno| match errno {
+        Errno::AGAIN => DumpError::NoAnswer,
+        errno => errno.into(),
+    })?;
     if len > room {
         return Err(DumpError::Truncated { len });
     }

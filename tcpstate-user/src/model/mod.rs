@@ -2,6 +2,7 @@
 //!
 //! Owns no behaviour beyond naming and reading these values; no clock, no I/O.
 
+pub mod check;
 mod comm;
 mod end;
 mod listed;
@@ -16,7 +17,7 @@ pub(crate) use name::named;
 pub use name::{Named, UnknownName};
 pub use transition::{
     ConnectionId, Endpoint, Evidence, Family, Line, Loss, LossReason, NetnsSelection, Owner,
-    OwnerSource, Process, Role, Source, Start, Transition,
+    OwnerSource, Process, ProcessId, Role, Source, Start, Transition,
 };
 
 pub use tcpstate_common::TcpState;

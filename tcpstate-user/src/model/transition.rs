@@ -16,6 +16,8 @@ named! {
     pub enum Evidence ("evidence") {
         /// The kernel's tracepoint said so.
         Tracepoint = "tracepoint",
+        /// A program on one of the kernel's functions saw it.
+        Fentry = "fentry",
         /// Told from the socket's fields at its →CLOSE; a snapshot settles it.
         Inferred = "inferred",
         /// A dump of the kernel's sockets showed it.
@@ -110,6 +112,17 @@ pub enum ConnectionId {
     Own(u64),
 }
 
+/// Pid and start: one process of this boot.
+pub type ProcessId = (u32, u64);
+
+impl Process {
+    /// `None` where the start is not known, and the pid may be another's by now.
+    #[must_use]
+    pub fn id(&self) -> Option<ProcessId> {
+        (self.start_ns != 0).then_some((self.pid, self.start_ns))
+    }
+}
+
 impl fmt::Display for ConnectionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -120,7 +133,7 @@ impl fmt::Display for ConnectionId {
 }
 
 /// An end of a connection; what is unknown, or has no meaning (a listener's remote end), is `None`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Endpoint {
     pub addr: Option<IpAddr>,
     pub port: Option<u16>,

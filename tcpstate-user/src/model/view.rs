@@ -108,14 +108,49 @@ pub const EVENT_LOSSES: [LossReason; 3] = [
 named! {
     /// What a kernel may lack, and tcpstate then does without.
     pub enum Feature ("kernel feature") {
-        /// Without it, the slower classic tracepoint.
         TpBtf = "tp_btf",
-        /// The socket cookie in events (5.12); without it, identity is the socket's address and a generation.
         SocketCookie = "socket_cookie",
-        /// fexit on `inet_csk_accept`: who accepted a connection, at once; without it, when it is swept or closed.
         AcceptFexit = "accept_fexit",
-        /// The iterator over all descriptors; without it, `/proc/PID/fd` is read.
+        TimeWaitFentry = "time_wait_fentry",
         TaskFileIter = "task_file_iter",
+    }
+}
+
+/// In words for users: `check` and docs/metrics.md say the same.
+impl Feature {
+    #[must_use]
+    pub const fn gives(self) -> &'static str {
+        match self {
+            Self::TpBtf => "the socket itself is read at each transition",
+            Self::SocketCookie => "events carry the kernel's own identity of a socket (5.12)",
+            Self::AcceptFexit => "who accepts a connection is seen at once",
+            Self::TimeWaitFentry => {
+                "TIME_WAIT and the FIN_WAIT2 of an orphan are followed to their end, with their dwell (5.12)"
+            }
+            Self::TaskFileIter => "the kernel lists all holders of sockets (5.12)",
+        }
+    }
+
+    #[must_use]
+    pub const fn without(self) -> &'static str {
+        match self {
+            Self::TpBtf => {
+                "the classic tracepoint is used, which is slower and tells neither network namespace nor uid nor why a \
+                 connection ended"
+            }
+            Self::SocketCookie => {
+                "sockets are told apart by their address and a generation, so that like ones can be taken for each \
+                 other"
+            }
+            Self::AcceptFexit => {
+                "a connection belongs to its listener until a sweep finds its holder or a process closes it"
+            }
+            Self::TimeWaitFentry => {
+                "the ends of TIME_WAIT and of an orphan's FIN_WAIT2 are seen late, by dumps, which date them by the kernel's \
+                 timer, and no dwell of them is counted"
+            }
+            Self::TaskFileIter => "/proc/PID/fd of every process is read, which takes longer",
+        }
     }
 }
 

@@ -33,7 +33,6 @@ pub struct Containers {
     proc: PathBuf,
     /// Where the cgroup v2 hierarchy is mounted, if it is.
     unified: Option<PathBuf>,
-    ns_per_tick: u64,
     known: FxHashMap<Key, Option<Arc<str>>>,
 }
 
@@ -63,9 +62,14 @@ impl Containers {
         Self {
             proc: proc.to_owned(),
             unified,
-            ns_per_tick: ns_per_tick(),
             known: FxHashMap::default(),
         }
+    }
+
+    /// Where the whole cgroup v2 hierarchy is mounted.
+    #[must_use]
+    pub fn cgroup_v2(&self) -> Option<&Path> {
+        self.unified.as_deref()
     }
 
     /// Full id of the container of the process `pid` that started at `start_ns` (`CLOCK_BOOTTIME`) and was in
@@ -100,7 +104,7 @@ impl Containers {
         };
         let text = String::from_utf8_lossy(&text);
         // After reading, so that the text can't be a later process'.
-        if !self.started_at(&folder, start_ns) {
+        if !started_at(&folder, start_ns) {
             return (false, None);
         }
         let cgroups = Cgroups::parse(&text);
@@ -112,13 +116,6 @@ impl Containers {
         (settled, cgroups.container().map(Arc::from))
     }
 
-    fn started_at(&self, folder: &Path, start_ns: u64) -> bool {
-        fs::read(folder.join("stat")).is_ok_and(|stat| {
-            // `do_task_stat` rounds down (`nsec_to_clock_t`).
-            start_ticks(&stat) == Some(start_ns / self.ns_per_tick)
-        })
-    }
-
     /// The id of a cgroup is the inode number of its folder (`kernfs_ino`, on 64-bit).
     fn unified_id(&self, path: &str) -> Option<u64> {
         use std::os::unix::fs::MetadataExt as _;
@@ -127,8 +124,15 @@ impl Containers {
     }
 }
 
+/// Whether `folder`, in `/proc`, is that of the process that started then.
+pub(super) fn started_at(folder: &Path, start_ns: u64) -> bool {
+    // `do_task_stat` rounds down (`nsec_to_clock_t`).
+    let tick = ns_per_tick();
+    start_ns_of(folder) == Some(start_ns / tick * tick)
+}
+
 /// When the process in this folder of `/proc` started: `CLOCK_BOOTTIME` nanoseconds, rounded down to a tick.
-pub(super) fn start_ns(folder: &Path) -> Option<u64> {
+pub(super) fn start_ns_of(folder: &Path) -> Option<u64> {
     let ticks = start_ticks(&fs::read(folder.join("stat")).ok()?)?;
     Some(ticks * ns_per_tick())
 }
@@ -315,9 +319,8 @@ mod tests {
         let contained = Contained::start();
         let pid = contained.process.id();
         let cgroup = fs::metadata(&contained.folder).expect("made").ino();
-        let stat = fs::read(format!("/proc/{pid}/stat")).expect("alive");
         let mut containers = Containers::new();
-        let start_ns = start_ticks(&stat).expect("field 22") * containers.ns_per_tick;
+        let start_ns = start_ns_of(Path::new(&format!("/proc/{pid}"))).expect("alive");
 
         assert_eq!(
             containers.container(pid, start_ns, cgroup).as_deref(),

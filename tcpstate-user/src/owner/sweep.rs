@@ -10,23 +10,28 @@ use std::path::Path;
 use rustc_hash::{FxHashMap, FxHashSet};
 use zerocopy::FromBytes as _;
 
-use super::Containers;
 use super::comm::comm_of;
-use super::lookup::start_ns;
+use super::lookup::start_ns_of;
+use super::{Containers, in_initial_pid_namespace};
 use crate::model::{Comm, Process};
 use crate::table::{Holder, Record};
 
-/// Inode of the initial pid namespace (`PROC_PID_INIT_INO`, include/linux/proc_ns.h): the same in every kernel.
-const INITIAL_PID_NAMESPACE: u64 = 0xeffffffc;
+/// What a sweep found.
+pub struct Swept {
+    pub holders: Vec<Holder>,
+    /// Network namespaces, by inode, with pids of who holds a socket there: they may lead to one that no dump has found.
+    pub leads: FxHashSet<(u32, u32)>,
+}
 
 /// `file`: the iterator's, as [`Session::begin_sweep`](crate::kernel::Session::begin_sweep) gives it.
 ///
 /// # Errors
 /// Where it can't be read to its end.
-pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
+pub fn by_iterator(mut file: File) -> io::Result<Swept> {
     let mut bytes = Vec::new();
     file.read_to_end(&mut bytes)?;
     let mut holders = Holders::default();
+    let mut leads = FxHashSet::default();
     let mut rest = bytes.as_slice();
     while let Ok((found, after)) = tcpstate_common::Holder::read_from_prefix(rest) {
         rest = after;
@@ -36,6 +41,7 @@ pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
             comm: Some(Comm::from_kernel(found.comm)),
         };
         holders.add(process, found.cookie);
+        leads.insert((found.netns, found.tgid));
     }
     if !rest.is_empty() {
         return Err(io::Error::other(format!(
@@ -43,7 +49,10 @@ pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
             rest.len()
         )));
     }
-    Ok(holders.list())
+    Ok(Swept {
+        holders: holders.list(),
+        leads,
+    })
 }
 
 /// By the descriptors in `/proc`, for sockets that `dump` shows. Processes that may not be looked into (that takes
@@ -51,9 +60,8 @@ pub fn by_iterator(mut file: File) -> io::Result<Vec<Holder>> {
 ///
 /// # Errors
 /// Where there is no `/proc`, or its pids are not those of the initial pid namespace.
-pub fn by_proc(dump: &[Record]) -> io::Result<Vec<Holder>> {
-    use std::os::unix::fs::MetadataExt as _;
-    if fs::metadata("/proc/self/ns/pid")?.ino() != INITIAL_PID_NAMESPACE {
+pub fn by_proc(dump: &[Record]) -> io::Result<Swept> {
+    if !in_initial_pid_namespace() {
         return Err(io::Error::other(
             "tcpstate is not in the initial pid namespace, so /proc tells other pids",
         ));
@@ -74,7 +82,10 @@ pub fn by_proc(dump: &[Record]) -> io::Result<Vec<Holder>> {
             let _ = descriptors(pid, &folder, &cookies, &mut holders);
         }
     }
-    Ok(holders.list())
+    Ok(Swept {
+        holders: holders.list(),
+        leads: FxHashSet::default(),
+    })
 }
 
 fn descriptors(
@@ -98,7 +109,7 @@ fn descriptors(
     let process = Process {
         pid,
         // Last: what was read before can't be a later process' then, but for one of the same tick.
-        start_ns: start_ns(folder).ok_or(io::ErrorKind::NotFound)?,
+        start_ns: start_ns_of(folder).ok_or(io::ErrorKind::NotFound)?,
         comm: (comm[0] != 0).then(|| Comm::from_kernel(comm)),
     };
     for cookie in held {

@@ -8,7 +8,7 @@ use tokio::sync::Semaphore;
 
 use super::list::{MOST_LISTS, batches};
 use super::tracer::{self, Tracer};
-use super::{attach, say, select, start};
+use super::{attach, runtime, say, select, start};
 use crate::cli::Attach;
 use crate::config::DaemonConfig;
 use crate::export::http::{self, Backend, Limits, Listeners, Refusal, Subscribed, UnixSocket};
@@ -20,25 +20,20 @@ use crate::model::{NetnsSelection, Source, Start};
 pub fn run(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()> {
     log::init(config.log_level, config.log_format)?;
     // Two: a page that takes long must not hold up the streams.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("can't start the runtime")?;
-    runtime.block_on(serve(config, path))
+    runtime(2)?.block_on(serve(config, path))
 }
 
 async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()> {
     // What is likeliest to be refused comes first: nothing is attached then.
+    let netns = select(config.netns)?;
     let mut tcp = Vec::new();
     for &addr in &config.listen {
-        tcp.push(http::bind_tcp(addr).await?);
+        tcp.push(http::bind_tcp(addr)?);
     }
     let unix = UnixSocket::bind(&config.socket)?;
     let mut interrupt = signal(SignalKind::interrupt()).context("can't wait for signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("can't wait for signals")?;
 
-    let netns = select(config.netns)?;
     let session = attach(netns, config.ring_size, path)?;
     let path = session.path();
     let options = tracer::Options {

@@ -5,21 +5,20 @@ use std::io::{self, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 
 use super::streams::Batch;
 use super::tracer::{self, Stopped, Tracer};
-use super::{attach, resolve, say, select, start};
+use super::{attach, resolve, runtime, say, select, start, warn};
 use crate::cli::List;
-use crate::config::RingSize;
-use crate::export::client::{ConnectError, Events};
+use crate::export::client::{ConnectError, Events, StreamError};
 use crate::export::http::DEFAULT_SOCKET;
-use crate::export::log::{self, LogFormat, LogLevel};
-use crate::export::{LineWriter, Look, Rows};
+use crate::export::{LineWriter, Look, Rows, log};
 use crate::filter::{Inode, Selection};
+use crate::kernel::RingSize;
 use crate::model::{Line, Listed, NetnsSelection, Source};
 
 /// Each holds all its rows, some 30 MB for 100,000 sockets, until its reader has taken them.
@@ -143,12 +142,8 @@ pub fn batches(rows: Vec<Listed>, place: OwnedSemaphorePermit) -> mpsc::Receiver
 }
 
 pub fn run(args: &List) -> anyhow::Result<()> {
-    log::init(LogLevel::Warn, LogFormat::Text)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .context("can't start the runtime")?;
+    log::init_warnings()?;
+    let runtime = runtime(1)?;
     {
         let _entered = runtime.enter();
         let mut interrupt = signal(SignalKind::interrupt()).context("can't wait for signals")?;
@@ -200,14 +195,14 @@ fn lines(args: &List, runtime: &Runtime) -> anyhow::Result<Vec<Line>> {
             Err(error) if args.socket.is_some() => Err(error.into()),
             Err(ConnectError::NotFound(_)) => direct(args).await,
             Err(ConnectError::NotServed(path)) => {
-                say(format_args!(
-                    "warning: nobody serves the socket {}; tracing directly",
+                warn(format_args!(
+                    "nobody serves the socket {}; tracing directly",
                     path.display()
                 ));
                 direct(args).await
             }
             // Who may load programs needs no daemon; who may not is told how to reach it.
-            Err(error @ ConnectError::PermissionDenied(_)) => {
+            Err(error @ (ConnectError::PermissionDenied(_) | ConnectError::Abandoned(_))) => {
                 direct(args).await.map_err(|_| error.into())
             }
             Err(error) => Err(error.into()),
@@ -222,26 +217,25 @@ async fn daemon(
     mut events: Events,
 ) -> anyhow::Result<Vec<Line>> {
     let path = path.display();
+    let traced = events.start().netns;
+    if traced != netns {
+        bail!(
+            "the daemon at {path} traces only network namespace {traced}; `--netns {traced}` lists that one, \
+             `--direct` works without the daemon"
+        );
+    }
     let mut lines = Vec::new();
-    while let Some(more) = events.next().await? {
+    let broken = |error: StreamError| anyhow!("the daemon at {path} {error}");
+    while let Some(more) = events.next().await.map_err(broken)? {
         lines.extend(more);
     }
-    match lines.first() {
-        Some(Line::Start(start)) if start.netns == netns => Ok(lines),
-        Some(Line::Start(start)) => bail!(
-            "the daemon at {path} traces only network namespace {0}; `--netns {0}` lists that one, `--direct` works \
-             without the daemon",
-            start.netns
-        ),
-        _ => bail!("the list of {path} does not begin as a tcpstate daemon's does"),
-    }
+    Ok(lines)
 }
 
 /// Traces until there is a list: a dump alone does not tell owners.
 async fn direct(args: &List) -> anyhow::Result<Vec<Line>> {
     let netns = select(args.netns)?;
-    let RingSize(ring_size) = RingSize::default();
-    let session = attach(netns, ring_size, args.attach)?;
+    let session = attach(netns, RingSize::default(), args.attach)?;
     let path = session.path();
     let options = tracer::Options {
         netns,
@@ -264,7 +258,7 @@ async fn direct(args: &List) -> anyhow::Result<Vec<Line>> {
     tracer.stop();
     tokio::task::spawn_blocking(|| thread.join())
         .await?
-        .map_err(|_| anyhow::anyhow!("the tracer's thread failed"))?
+        .map_err(|_| anyhow!("the tracer's thread failed"))?
         .context("can't read the ring")?;
     Ok(std::iter::once(start)
         .chain(rows.into_iter().map(Line::Socket))

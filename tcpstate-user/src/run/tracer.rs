@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use rustc_hash::{FxHashMap, FxHashSet};
 use rustix::time::{ClockId, clock_gettime};
 use tcpstate_common::event::{FLAG_SOCKET_READ, FLAG_TASK};
 use tcpstate_common::{Event, SetState};
@@ -20,14 +21,14 @@ use tokio::time::MissedTickBehavior;
 use super::list::{Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
 use crate::filter::{Selection, Subscription};
-use crate::kernel::netns::NetnsError;
+use crate::kernel::netns::{Lead, NetnsError};
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
-use crate::model::view::{Counted, EVENT_LOSSES, Feature, Health, KernelCounted, Program, View};
-use crate::model::{Listed, Loss, LossReason, NetnsSelection, TcpState};
-use crate::owner::{self, Containers, comm_of};
+use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, Program, View};
+use crate::model::{Comm, Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
+use crate::owner::{self, Containers, Swept, comm_of, in_initial_pid_namespace, names};
 use crate::stats::Stats;
-use crate::table::{Change, Holder, Identity, STORE_NS, Snapshot, StateMask, Table};
+use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -46,12 +47,19 @@ const SCRAPE_WAIT_NS: u64 = 2 * SECOND_NS;
 /// Between two sweeps lie at least as many times the time that one took.
 const SWEEP_PAUSE: u64 = 50;
 
-/// What no event follows to its end: timewait sockets and half-open requests.
-const MINI_STATES: StateMask = StateMask::of(&[
-    TcpState::TIME_WAIT,
-    TcpState::FIN_WAIT2,
-    TcpState::NEW_SYN_RECV,
-]);
+/// What no event follows to its end: half-open requests, and timewait sockets where the kernel shows no more than the
+/// tracepoint does.
+const fn mini_states(sees_timewait: bool) -> StateMask {
+    if sees_timewait {
+        StateMask::of(&[TcpState::NEW_SYN_RECV])
+    } else {
+        StateMask::of(&[
+            TcpState::TIME_WAIT,
+            TcpState::FIN_WAIT2,
+            TcpState::NEW_SYN_RECV,
+        ])
+    }
+}
 
 pub struct Options {
     pub netns: NetnsSelection,
@@ -72,7 +80,12 @@ enum Command {
     View(oneshot::Sender<Arc<View>>),
     Subscribe(Box<Stream>),
     List(Box<Selection>, Reply),
-    Dumped(Dump, Result<Snapshot, SnapshotError>),
+    /// With the names that owners have now, of a full dump.
+    Dumped(
+        Dump,
+        Result<Snapshot, SnapshotError>,
+        FxHashMap<ProcessId, Comm>,
+    ),
     Swept(io::Result<Sweep>),
     Stop,
 }
@@ -81,22 +94,13 @@ enum Command {
 enum Dump {
     /// Every state.
     Full,
-    /// [`MINI_STATES`].
+    /// [`mini_states`].
     Mini,
-}
-
-impl Dump {
-    const fn states(self) -> StateMask {
-        match self {
-            Self::Full => StateMask::ALL,
-            Self::Mini => MINI_STATES,
-        }
-    }
 }
 
 /// Who holds which sockets, and how long it took to find out.
 struct Sweep {
-    holders: Vec<Holder>,
+    found: Swept,
     took_ns: u64,
 }
 
@@ -225,13 +229,19 @@ struct State {
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
+    mini_states: StateMask,
     sweeping: bool,
     /// When the next sweep is due; none while nothing asks for one.
     next_sweep_ns: Option<u64>,
     /// No sweep before: so that they take a small part of a processor.
     sweep_pause_ns: u64,
+    /// Of the last sweep.
+    swept_leads: FxHashSet<Lead>,
     reconcile_interval_ns: u64,
+    /// Pids are here what they are in records.
+    pids_are_ours: bool,
     unreachable: usize,
+    unlisted: Unlisted,
     /// Why the last dump that failed did; empty after one that did not.
     dump_failure: String,
     /// The same of sweeps.
@@ -258,20 +268,22 @@ impl State {
             Path::TpBtfNoCookie => Identity::Address,
             Path::Tracepoint => Identity::AddressWithoutNetns,
         };
-        let features = vec![
-            (Feature::TpBtf, session.path() != Path::Tracepoint),
-            (Feature::SocketCookie, session.cookies()),
-            (Feature::AcceptFexit, session.accept().is_ok()),
-            (Feature::TaskFileIter, session.sweep().is_ok()),
-        ];
+        let features = session
+            .features()
+            .map(|(feature, in_use)| (feature, in_use.is_ok()))
+            .collect();
         let mut table = Table::new(identity);
         if session.accept().is_ok() {
             table.sees_accepts();
         }
+        let mut stats = Stats::new(options.max_comms);
+        if session.time_wait().is_ok() {
+            stats.times_timewait();
+        }
         Self {
             netns: options.netns,
             table,
-            stats: Stats::new(options.max_comms),
+            stats,
             streams: Streams::default(),
             containers: Containers::default(),
             health: Health {
@@ -285,12 +297,16 @@ impl State {
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,
+            mini_states: mini_states(session.time_wait().is_ok()),
             sweeping: false,
             next_sweep_ns: None,
             sweep_pause_ns: 0,
+            swept_leads: FxHashSet::default(),
             reconcile_interval_ns: u64::try_from(options.reconcile_interval.as_nanos())
                 .unwrap_or(u64::MAX),
+            pids_are_ours: in_initial_pid_namespace(),
             unreachable: 0,
+            unlisted: Unlisted::default(),
             dump_failure: String::new(),
             sweep_failure: String::new(),
             lost: 0,
@@ -346,7 +362,7 @@ impl State {
             Command::Subscribe(stream) => self.streams.add(*stream),
             Command::View(reply) => self.scrape(reply, session),
             Command::List(selection, reply) => self.list(*selection, reply),
-            Command::Dumped(dump, result) => self.dumped(dump, result, session),
+            Command::Dumped(dump, result, names) => self.dumped(dump, result, &names, session),
             Command::Swept(result) => self.swept(result, session),
             Command::Stop => {}
         }
@@ -395,11 +411,19 @@ impl State {
                 let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
                 self.table.accepted(&event, container.as_ref(), tell);
             }
+            Event::TimeWait(event) => {
+                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+                self.table.time_wait(&event, tell);
+            }
         }
     }
 
     fn set_state(&mut self, mut event: SetState) {
-        if event.has(FLAG_TASK) && !event.has(FLAG_SOCKET_READ) && event.comm[0] == 0 {
+        if self.pids_are_ours
+            && event.has(FLAG_TASK)
+            && !event.has(FLAG_SOCKET_READ)
+            && event.comm[0] == 0
+        {
             event.comm = comm_of(event.tgid);
         }
         let container = if event.has(FLAG_TASK) {
@@ -409,7 +433,10 @@ impl State {
             None
         };
         let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        self.table.apply(&event, container.as_ref(), tell);
+        let applied = self.table.apply(&event, container.as_ref(), tell);
+        if applied.is_err() {
+            self.lose(LossReason::Decode, 1, event.time_ns);
+        }
     }
 
     fn lose(&mut self, reason: LossReason, count: u64, time_ns: u64) {
@@ -500,6 +527,32 @@ impl State {
         }
     }
 
+    /// Where namespaces may be that nothing else leads to.
+    fn leads(&self) -> FxHashSet<Lead> {
+        if self.netns == NetnsSelection::All && self.pids_are_ours {
+            &self.table.owners_by_netns() | &self.swept_leads
+        } else {
+            FxHashSet::default()
+        }
+    }
+
+    /// A namespace that no dump knew of is looked for at once, but only once by the same leads.
+    fn lead(&mut self, leads: FxHashSet<Lead>, now_ns: u64) {
+        let all = self.netns == NetnsSelection::All && self.pids_are_ours;
+        let mut new = leads.difference(&self.swept_leads);
+        if all && new.any(|&(netns, _)| !self.table.lists(netns)) {
+            self.next_full_ns = now_ns;
+        }
+        self.swept_leads = leads;
+    }
+
+    const fn states(&self, dump: Dump) -> StateMask {
+        match dump {
+            Dump::Full => StateMask::ALL,
+            Dump::Mini => self.mini_states,
+        }
+    }
+
     /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
     fn begin_dump(&mut self, dump: Dump, now_ns: u64) {
         let Some(commands) = self.commands.upgrade() else {
@@ -509,6 +562,13 @@ impl State {
             self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
         }
         let (netns, first) = (self.netns, !self.is_ready());
+        let leads = self.leads();
+        let owners = if dump == Dump::Full && self.pids_are_ours {
+            self.table.owners()
+        } else {
+            FxHashSet::default()
+        };
+        let states = self.states(dump);
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -516,9 +576,9 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let result = snapshot::take(netns, dump.states());
+                let result = snapshot::take(netns, states, leads);
                 // The tracer may have ended meanwhile.
-                let _ = commands.send(Command::Dumped(dump, result));
+                let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
             });
         match begun {
             Ok(_) => {
@@ -536,6 +596,7 @@ impl State {
         &mut self,
         dump: Dump,
         result: Result<Snapshot, SnapshotError>,
+        names: &FxHashMap<ProcessId, Comm>,
         session: &mut Session,
     ) {
         self.dump = None;
@@ -547,7 +608,7 @@ impl State {
                     netns: vec![inode],
                     started_ns: now_ns(),
                     finished_ns: now_ns(),
-                    states: dump.states(),
+                    states: self.states(dump),
                     ..Snapshot::default()
                 }
             }
@@ -559,8 +620,9 @@ impl State {
         };
         self.drain_to(session, snapshot.finished_ns);
         self.check_losses(session);
-        let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        let doubtful = self.table.reconcile(&snapshot, tell);
+        let mut tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+        let doubtful = self.table.reconcile(&snapshot, &mut tell);
+        self.table.rename_owners(names, snapshot.finished_ns, tell);
         if doubtful {
             // What two dumps lack is gone: the second should not be long.
             self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
@@ -577,24 +639,38 @@ impl State {
                 .saturating_add_signed(self.boot_to_unix_ns),
         );
         if snapshot.unreachable.len() > self.unreachable {
-            for unreachable in &snapshot.unreachable {
-                let netns = unreachable
-                    .netns
-                    .map_or("?".to_owned(), |inode| inode.to_string());
-                tracing::warn!(
-                    "sockets of network namespace {netns} can't be listed: {}",
-                    unreachable.reason
-                );
+            for Unreachable { netns, reason } in &snapshot.unreachable {
+                match netns {
+                    Some(inode) => tracing::warn!(
+                        "sockets of network namespace {inode} can't be listed: {reason}"
+                    ),
+                    None => tracing::warn!(
+                        "network namespaces may be missed, for some could not be read: {reason}"
+                    ),
+                }
             }
         }
         self.unreachable = snapshot.unreachable.len();
         if dump == Dump::Full {
+            self.tell_unlisted();
             self.want_sweep(0);
             if self.lists.dumped() {
                 self.next_sweep_ns = Some(0);
             }
         }
         self.answer(session);
+    }
+
+    /// Says which namespaces have come to be known from events alone.
+    fn tell_unlisted(&mut self) {
+        let news = self.unlisted.news(self.table.unlisted());
+        if !news.is_empty() {
+            tracing::warn!(
+                "{} network namespaces can't be found, and what is in them is known from events only: {}",
+                news.len(),
+                shortened(&news)
+            );
+        }
     }
 
     fn want_sweep(&mut self, at_ns: u64) {
@@ -613,18 +689,19 @@ impl State {
         self.next_sweep_ns = None;
         self.lists.sweep_begins();
         let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
-        let netns = self.netns;
+        let (netns, leads) = (self.netns, self.leads());
         let sweep = move || {
             let started_ns = now_ns();
-            let holders = match iterator {
+            let found = match iterator {
                 Some(file) => owner::by_iterator(file?)?,
                 None => {
-                    let dump = snapshot::take(netns, StateMask::ALL).map_err(io::Error::other)?;
+                    let dump =
+                        snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
                     owner::by_proc(&dump.records)?
                 }
             };
             Ok(Sweep {
-                holders,
+                found,
                 took_ns: now_ns() - started_ns,
             })
         };
@@ -648,8 +725,9 @@ impl State {
         let took_ns = match result {
             Ok(sweep) => {
                 let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-                self.table.swept(&sweep.holders, now_ns, tell);
+                self.table.swept(&sweep.found.holders, now_ns, tell);
                 self.streams.flush();
+                self.lead(sweep.found.leads, now_ns);
                 self.sweep_failure.clear();
                 sweep.took_ns
             }
@@ -724,6 +802,38 @@ impl State {
     }
 }
 
+/// Network namespaces that sockets are in and no dump finds.
+#[derive(Default)]
+struct Unlisted {
+    /// At the last full dump, and whether they have been told. One that came to be during that dump is in none yet.
+    before: FxHashMap<u32, bool>,
+}
+
+impl Unlisted {
+    /// Those that were in `now` the last time too and have not been told, by inode.
+    fn news(&mut self, now: FxHashSet<u32>) -> Vec<u32> {
+        let before = std::mem::take(&mut self.before);
+        let mut news = Vec::new();
+        for inode in now {
+            let told = before.get(&inode).copied();
+            if told == Some(false) {
+                news.push(inode);
+            }
+            self.before.insert(inode, told.is_some());
+        }
+        news.sort_unstable();
+        news
+    }
+}
+
+/// The first few of them.
+fn shortened(inodes: &[u32]) -> String {
+    const FEW: usize = 8;
+    let shown: Vec<String> = inodes.iter().take(FEW).map(u32::to_string).collect();
+    let more = if inodes.len() > FEW { ", …" } else { "" };
+    shown.join(", ") + more
+}
+
 /// Where the table's changes go.
 fn tell<'a>(
     stats: &'a mut Stats,
@@ -791,4 +901,27 @@ fn boot_to_unix_ns() -> i64 {
 fn nanoseconds(clock: ClockId) -> i64 {
     let time = clock_gettime(clock);
     time.tv_sec * 1_000_000_000 + time.tv_nsec
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Unlisted;
+
+    #[test]
+    fn a_namespace_that_two_dumps_do_not_find_is_told_once() {
+        let mut unlisted = Unlisted::default();
+        let steps: [(&[u32], &[u32]); 7] = [
+            (&[7, 8], &[]),
+            (&[9, 7, 8], &[7, 8]),
+            (&[9, 7], &[9]),
+            (&[9, 7], &[]),
+            // It was found, and then its inode is another's.
+            (&[], &[]),
+            (&[7], &[]),
+            (&[7], &[7]),
+        ];
+        for (now, news) in steps {
+            assert_eq!(unlisted.news(now.iter().copied().collect()), news);
+        }
+    }
 }

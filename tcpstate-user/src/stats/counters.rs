@@ -1,6 +1,6 @@
 //! What only grows: dwell times, connections and how they ended, of one name.
 
-use super::dwell;
+use super::dwell::{self, Timed};
 use crate::model::view::{FAILURE_REASONS, GAUGE_STATES, Histogram, StateCounts};
 use crate::model::{End, Named, Role};
 
@@ -54,9 +54,9 @@ impl Counters {
     }
 
     /// `None` for states that events can't time, and for those that none of its sockets was in.
-    pub fn dwell(&self) -> [Option<Histogram>; GAUGE_STATES.len()] {
+    pub fn dwell(&self, timed: Timed) -> [Option<Histogram>; GAUGE_STATES.len()] {
         std::array::from_fn(|state| {
-            (self.states[state] && dwell::is_timed(state)).then_some(self.dwell[state])
+            (self.states[state] && timed.contains(state)).then_some(self.dwell[state])
         })
     }
 }

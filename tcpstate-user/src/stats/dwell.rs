@@ -4,35 +4,37 @@ use tcpstate_common::TcpState;
 
 use crate::model::view::{DWELL_BUCKETS, GAUGE_STATES, Histogram};
 
-/// By [`GAUGE_STATES`]: can events time a stay in it?
+/// The states of which both ends of each stay can be seen; of others the samples would be biased.
 ///
-/// - FIN_WAIT2: an orphan lives on as a timewait socket, and no event shows its end (`tcp_time_wait`, all
-///   kernels): samples of those that end otherwise would be biased.
-/// - TIME_WAIT: neither its beginning nor its end is an event.
+/// - FIN_WAIT2 and TIME_WAIT: an orphan lives on as a timewait socket (`tcp_time_wait`, all kernels), whose end the
+///   tracepoint does not show, nor the whole of TIME_WAIT.
 /// - SYN_RECV: a passive socket's stay begins as a half-open request, which no event shows
 ///   (`inet_csk_clone_lock` fires when the request is answered).
-const TIMED: [bool; GAUGE_STATES.len()] = {
-    let mut timed = [true; GAUGE_STATES.len()];
-    let mut at = 0;
-    while at < timed.len() {
-        timed[at] = !matches!(
-            GAUGE_STATES[at],
-            TcpState::FIN_WAIT2 | TcpState::TIME_WAIT | TcpState::SYN_RECV
-        );
-        at += 1;
-    }
-    timed
-};
-
-/// `state`: as [`gauge_index`](crate::model::view::gauge_index) gives it.
-pub fn is_timed(state: usize) -> bool {
-    TIMED[state]
+#[derive(Clone, Copy, Debug)]
+pub struct Timed {
+    timewait: bool,
 }
 
-/// The states that have dwell times.
+impl Timed {
+    /// `timewait`: events tell of timewait sockets.
+    pub const fn new(timewait: bool) -> Self {
+        Self { timewait }
+    }
+
+    /// `state`: as [`gauge_index`](crate::model::view::gauge_index) gives it.
+    pub const fn contains(self, state: usize) -> bool {
+        match GAUGE_STATES[state] {
+            TcpState::SYN_RECV => false,
+            TcpState::FIN_WAIT2 | TcpState::TIME_WAIT => self.timewait,
+            _ => true,
+        }
+    }
+}
+
+/// The states that have dwell times somewhere.
 pub fn timed_states() -> impl Iterator<Item = TcpState> {
-    let states = GAUGE_STATES.iter().zip(TIMED);
-    states.filter_map(|(&state, timed)| timed.then_some(state))
+    let states = GAUGE_STATES.into_iter().enumerate();
+    states.filter_map(|(at, state)| Timed::new(true).contains(at).then_some(state))
 }
 
 /// [`DWELL_BUCKETS`] in nanoseconds: compared as integers, so that a stay of exactly a bound is within it.
@@ -87,18 +89,13 @@ mod tests {
 
     #[test]
     fn what_events_cannot_time_has_no_histogram() {
-        let timed: Vec<_> = timed_states().filter_map(TcpState::name).collect();
-        assert_eq!(
-            timed,
-            [
-                "ESTABLISHED",
-                "SYN_SENT",
-                "FIN_WAIT1",
-                "CLOSE_WAIT",
-                "LAST_ACK",
-                "LISTEN",
-                "CLOSING"
-            ]
-        );
+        let without = |timewait| -> Vec<&str> {
+            let timed = Timed::new(timewait);
+            let states = GAUGE_STATES.iter().enumerate();
+            let without = states.filter(|(at, _)| !timed.contains(*at));
+            without.filter_map(|(_, state)| state.name()).collect()
+        };
+        assert_eq!(without(false), ["SYN_RECV", "FIN_WAIT2", "TIME_WAIT"]);
+        assert_eq!(without(true), ["SYN_RECV"]);
     }
 }

@@ -6,7 +6,6 @@ mod ages;
 mod counters;
 mod dwell;
 mod gauges;
-mod idle;
 mod names;
 #[cfg(test)]
 mod tests;
@@ -17,6 +16,7 @@ use tcpstate_common::TcpState;
 
 use self::ages::Ages;
 use self::counters::Counters;
+use self::dwell::Timed;
 use self::gauges::Gauges;
 use self::names::Names;
 use crate::model::view::{CommView, Counted, StateCounts, gauge_index};
@@ -37,6 +37,7 @@ pub struct Stats {
     none: Counters,
     names: Names,
     ages: Ages,
+    timed: Timed,
     /// By [`Discard::ALL`].
     discarded: [u64; Discard::ALL.len()],
 }
@@ -58,8 +59,14 @@ impl Stats {
             none: Counters::default(),
             names: Names::new(max_comms),
             ages: Ages::default(),
+            timed: Timed::new(false),
             discarded: [0; Discard::ALL.len()],
         }
+    }
+
+    /// From now on the table is told of timewait sockets, so stays in TIME_WAIT and FIN_WAIT2 have both ends.
+    pub fn times_timewait(&mut self) {
+        self.timed = Timed::new(true);
     }
 
     pub fn apply(&mut self, change: &Change<'_>) {
@@ -107,7 +114,7 @@ impl Stats {
 
     /// What has been counted, with what the table knows of itself.
     ///
-    /// `now_ns`: `CLOCK_BOOTTIME`. Names that lost their right to a place by then have lost it afterwards.
+    /// `now_ns`: `CLOCK_BOOTTIME`. Names that lost their right to a place by then have lost it.
     pub fn counted(
         &mut self,
         now_ns: u64,
@@ -140,7 +147,7 @@ impl Stats {
             sockets: *sockets,
             aged: self.ages.of(&comm, sockets),
             comm,
-            dwell: counters.dwell(),
+            dwell: counters.dwell(self.timed),
             connections: counters.connections,
             ends: counters.ends,
             failures: counters.failures,
@@ -181,9 +188,9 @@ impl Stats {
     /// What the change adds to the counters of the name that the socket's owner has now.
     fn count(&mut self, change: &Change<'_>) {
         let dwell = match change.dwell {
-            Dwell::Seen(ns) => timed_state_left(change).map(|state| (state, ns)),
+            Dwell::Seen(ns) => timed_state_left(change, self.timed).map(|state| (state, ns)),
             Dwell::Unknown(reason) => {
-                if timed_state_left(change).is_some() {
+                if timed_state_left(change, self.timed).is_some() {
                     self.discarded[reason as usize] += 1;
                 }
                 None
@@ -226,7 +233,7 @@ fn by_name<T: Named, const N: usize>(counts: [u64; N]) -> Vec<(&'static str, u64
 }
 
 /// The state whose stay the change ended, if events can time it.
-fn timed_state_left(change: &Change<'_>) -> Option<usize> {
+fn timed_state_left(change: &Change<'_>, timed: Timed) -> Option<usize> {
     let (left, _) = change.shown?;
-    gauge_index(left).filter(|&state| dwell::is_timed(state))
+    gauge_index(left).filter(|&state| timed.contains(state))
 }

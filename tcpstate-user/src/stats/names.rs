@@ -4,17 +4,22 @@
 //! A name with a place is itself in every metric; one without is `<other>` in every metric, and only its
 //! gauges are kept, so that they are right when it gets a place. Held at most: the places, and the names that
 //! have live sockets at this time.
+//!
+//! Events only give places that nobody has. A place is taken back when a page is made, from a name that has counted
+//! nothing for so long that pages have shown all of it: else who changes names fast would make counts vanish unseen.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::counters::Counters;
 use super::gauges::Gauges;
-use super::idle::IdleList;
 use crate::model::Comm;
 
 /// How long a name keeps its place without a live socket.
 pub const KEPT_NS: u64 = 3600 * 1_000_000_000;
+
+/// How long it keeps it though others wait for one: as long as Prometheus' scrapes may lie apart.
+pub const SHOWN_NS: u64 = 120 * 1_000_000_000;
 
 /// A name as it is counted: `_` in place of a leading `<`, so that nobody can pass for `<none>` or `<other>`.
 ///
@@ -43,6 +48,8 @@ pub struct Place {
     pub label: Arc<str>,
     pub gauges: Gauges,
     pub counters: Counters,
+    /// If it has no live socket: when it last had one, or counted something for one.
+    idle_since_ns: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -51,8 +58,6 @@ pub struct Names {
     /// Never more than `max`.
     places: Vec<Place>,
     free: Vec<usize>,
-    /// Places that are taken by names without live sockets.
-    idle: IdleList,
     /// Others choose the names and must not be able to make them collide: the standard hasher, not a faster one.
     taken: HashMap<Comm, usize>,
     /// Names with live sockets and no place.
@@ -71,7 +76,6 @@ impl Names {
             max,
             places: Vec::new(),
             free: Vec::new(),
-            idle: IdleList::new(),
             taken: HashMap::new(),
             waiting: HashMap::new(),
             hint: 0,
@@ -83,17 +87,14 @@ impl Names {
     /// One more live socket of that name.
     pub fn enter(&mut self, comm: Comm, state: usize) {
         let place = match self.find(comm) {
-            Some(at) => {
-                if self.places[at].gauges.live() == 0 {
-                    self.idle.remove(at);
-                }
-                Some(at)
-            }
-            None => self.promote(key(comm)),
+            // One that waits gets a place when a page is made.
+            None if !self.waiting.contains_key(&key(comm)) => self.take(key(comm)),
+            place => place,
         };
         let (gauges, counters) = match place {
             Some(at) => {
                 let place = &mut self.places[at];
+                place.idle_since_ns = None;
                 (&mut place.gauges, &mut place.counters)
             }
             None => {
@@ -112,9 +113,9 @@ impl Names {
     /// One live socket of that name fewer.
     pub fn leave(&mut self, comm: Comm, state: usize, now_ns: u64) {
         if let Some(at) = self.find(comm) {
-            let gauges = &mut self.places[at].gauges;
-            if gauges.remove(state) && gauges.live() == 0 {
-                self.idle.push(at, now_ns);
+            let place = &mut self.places[at];
+            if place.gauges.remove(state) && place.gauges.live() == 0 {
+                place.idle_since_ns = Some(now_ns);
             }
         } else if let Some(gauges) = self.waiting.get_mut(&key(comm)) {
             gauges.remove(state);
@@ -148,26 +149,52 @@ impl Names {
         let place = match self.find(comm) {
             Some(at) => Some(at),
             None if self.waiting.contains_key(&key(comm)) => None,
-            None => self.take_without_live(key(comm), now_ns),
+            None => {
+                let taken = self.take(key(comm));
+                self.overflow += u64::from(taken.is_none());
+                taken
+            }
         };
         match place {
-            Some(at) => &mut self.places[at].counters,
+            Some(at) => {
+                let place = &mut self.places[at];
+                if place.gauges.live() == 0 {
+                    place.idle_since_ns = Some(now_ns);
+                }
+                &mut place.counters
+            }
             None => &mut self.other,
         }
     }
 
-    /// Takes the places back from names that have been without live sockets for an hour, and gives places that
-    /// nobody has, or only a name without live sockets, to names with: those with most sockets first.
+    /// To be called before a page is made.
+    ///
+    /// Takes places back: from names that have been without live sockets for an hour, and, as far as names with live
+    /// sockets wait for one, from those that have been without for longest, but not for less than two minutes. Of
+    /// those that wait, the ones with most sockets come first.
     pub fn settle(&mut self, now_ns: u64) {
-        while let Some(at) = self.expired(now_ns) {
+        let places = self.places.iter().enumerate();
+        let mut idle: Vec<(u64, usize)> = places
+            .filter(|(_, place)| place.key.is_some())
+            .filter_map(|(at, place)| Some((place.idle_since_ns?, at)))
+            .collect();
+        idle.sort_unstable();
+        let room = self.max - self.taken.len();
+        let mut wanted = self.waiting.len().saturating_sub(room);
+        for (since_ns, at) in idle {
+            let kept_ns = if wanted > 0 { SHOWN_NS } else { KEPT_NS };
+            if now_ns.saturating_sub(since_ns) < kept_ns {
+                break;
+            }
+            wanted = wanted.saturating_sub(1);
             self.take_back(at);
         }
-        if !self.waiting.is_empty() && self.has_room() {
+        if self.taken.len() < self.max {
             let waiting = self.waiting.iter();
             let mut waiting: Vec<_> = waiting.map(|(&key, gauges)| (gauges.live(), key)).collect();
             waiting.sort_unstable_by_key(|&(live, key)| (u64::MAX - live, key));
             for (_, key) in waiting {
-                if self.promote(key).is_none() {
+                if !self.promote(key) {
                     break;
                 }
             }
@@ -203,50 +230,27 @@ impl Names {
         Some(self.hint)
     }
 
-    /// Whether a name with live sockets can get a place.
-    fn has_room(&self) -> bool {
-        self.places.len() < self.max || !self.free.is_empty() || self.idle.longest().is_some()
-    }
-
-    /// Gives a place to a name that has, or is about to have, live sockets, and the gauges that it waited with.
-    fn promote(&mut self, key: Comm) -> Option<usize> {
-        if !self.has_room() {
-            return None;
-        }
-        if self.places.len() >= self.max
-            && self.free.is_empty()
-            && let Some((longest, _)) = self.idle.longest()
-        {
-            self.take_back(longest);
-        }
-        let at = self.take(key)?;
+    /// Gives a place to a name that waits, with its gauges; false if none is free.
+    fn promote(&mut self, key: Comm) -> bool {
+        let Some(at) = self.take(key) else {
+            return false;
+        };
         if let Some(gauges) = self.waiting.remove(&key) {
             let place = &mut self.places[at];
             place.gauges = gauges;
             place.counters.note_states(gauges.by_state());
         }
-        Some(at)
+        true
     }
 
-    /// Gives a place to a name that is first heard of when it has no live socket: not another's before its time.
-    fn take_without_live(&mut self, key: Comm, now_ns: u64) -> Option<usize> {
-        if let Some(expired) = self.expired(now_ns) {
-            self.take_back(expired);
-        }
-        let place = self.take(key);
-        match place {
-            Some(at) => self.idle.push(at, now_ns),
-            None => self.overflow += 1,
-        }
-        place
-    }
-
+    /// Gives a place that nobody has.
     fn take(&mut self, key: Comm) -> Option<usize> {
         let place = Place {
             key: Some(key),
             label: label(key),
             gauges: Gauges::default(),
             counters: Counters::default(),
+            idle_since_ns: None,
         };
         let at = match self.free.pop() {
             Some(at) => {
@@ -263,14 +267,7 @@ impl Names {
         Some(at)
     }
 
-    fn expired(&self, now_ns: u64) -> Option<usize> {
-        let (at, since_ns) = self.idle.longest()?;
-        (now_ns.saturating_sub(since_ns) >= KEPT_NS).then_some(at)
-    }
-
-    /// From a name without live sockets.
     fn take_back(&mut self, at: usize) {
-        self.idle.remove(at);
         if let Some(key) = self.places[at].key.take() {
             self.taken.remove(&key);
         }

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 use tcpstate_common::TcpState;
 
+use super::names::SHOWN_NS;
 use super::*;
 use crate::model::view::{FAILURE_REASONS, GAUGE_STATES};
 use crate::model::{ConnectionId, End, Endpoint, Evidence, Family, Owner, OwnerSource, Process};
@@ -127,16 +128,19 @@ fn a_name_without_place_is_other_in_every_metric() {
     assert_eq!(other.ends.iter().sum::<u64>(), 1);
     assert_eq!(other.dwell[0].map(|dwell| dwell.sum_ns), Some(5));
 
-    // The first has no live socket any more: the third, which has one, takes its place at the next look.
+    // The first has no live socket any more: the third, which has one, takes its place once all that the first has
+    // counted has been shown.
     close(&mut stats, 6, &first);
-    let counted = at(&mut stats, 7);
+    let counted = at(&mut stats, 5 + SHOWN_NS);
+    assert_eq!(labels(&counted), [NONE, OTHER, "first"]);
+    let counted = at(&mut stats, 6 + SHOWN_NS);
     assert_eq!(labels(&counted), [NONE, OTHER, "third"]);
     assert_eq!(open_sockets(&counted, "third"), 1);
     assert_eq!(open_sockets(&counted, OTHER), 0);
     // `<other>` keeps what it counted, or it would seem to have been reset.
     assert_eq!(comm(&counted, OTHER).ends.iter().sum::<u64>(), 1);
-    close(&mut stats, 8, &third);
-    assert_eq!(at(&mut stats, 9).sockets, [0; 10]);
+    close(&mut stats, SHOWN_NS + 8, &third);
+    assert_eq!(at(&mut stats, SHOWN_NS + 9).sockets, [0; 10]);
 }
 
 #[test]
@@ -170,9 +174,64 @@ fn the_name_that_was_idle_for_longest_is_displaced_first() {
     let again = open(&mut stats, 40, "a");
     close(&mut stats, 50, &again);
     open(&mut stats, 60, "d");
-    let counted = at(&mut stats, 61);
-    assert_eq!(labels(&counted), [NONE, "a", "c", "d"]);
-    assert_eq!(counted.comm_overflow, 0);
+    let counted = at(&mut stats, 60);
+    assert_eq!(labels(&counted), [NONE, OTHER, "a", "b", "c"]);
+    let counted = at(&mut stats, 60 + SHOWN_NS);
+    assert_eq!(labels(&counted), [NONE, OTHER, "a", "c", "d"]);
+    assert_eq!(counted.comm_overflow, 1);
+}
+
+/// Processes that take one name after the other, each for one connect that fails.
+#[test]
+fn no_count_vanishes_with_names_that_come_and_go() {
+    let mut stats = Stats::new(100);
+    for count in 0..10_000_u64 {
+        let name = format!("n{count}");
+        let opened = socket(Some(&name), TcpState::SYN_SENT);
+        stats.apply(&change(count * SECOND / 1000, None, &opened));
+        let failed = Socket {
+            state: TcpState::CLOSE,
+            ..opened.clone()
+        };
+        stats.apply(&Change {
+            end: Some(End::Refused),
+            ..change(count * SECOND / 1000, Some(&opened), &failed)
+        });
+    }
+    let counted = at(&mut stats, 10 * SECOND);
+    assert_eq!(counted.comms.iter().map(failures).sum::<u64>(), 10_000);
+    assert_eq!(failures(comm(&counted, OTHER)), 9_900);
+    assert_eq!(counted.comm_overflow, 9_900);
+    assert_eq!(counted.comms.len(), 102);
+}
+
+fn failures(comm: &CommView) -> u64 {
+    comm.failures.iter().sum()
+}
+
+/// An end of which no live socket tells keeps a name from losing its place before it was shown.
+#[test]
+fn what_a_name_counts_without_a_socket_is_shown_too() {
+    let mut stats = Stats::new(1);
+    let first = open(&mut stats, 0, "first");
+    close(&mut stats, 0, &first);
+    open(&mut stats, 0, "second");
+    let unowned = socket(None, TcpState::ESTABLISHED);
+    stats.apply(&change(1, None, &unowned));
+    let closed = Socket {
+        established: true,
+        ..socket(Some("first"), TcpState::CLOSE)
+    };
+    stats.apply(&Change {
+        end: Some(End::ResetSent),
+        ..change(SHOWN_NS, Some(&unowned), &closed)
+    });
+    let counted = at(&mut stats, SHOWN_NS + 1);
+    assert_eq!(comm(&counted, "first").ends[4], 1);
+    assert_eq!(
+        labels(&at(&mut stats, 2 * SHOWN_NS)),
+        [NONE, OTHER, "second"]
+    );
 }
 
 #[test]
@@ -299,7 +358,13 @@ fn an_end_is_an_end_or_a_failure_or_neither() {
 
 #[test]
 fn only_stays_that_events_can_time_count_or_are_discarded() {
+    count_stays(Stats::new(5), Timed::new(false));
     let mut stats = Stats::new(5);
+    stats.times_timewait();
+    count_stays(stats, Timed::new(true));
+}
+
+fn count_stays(mut stats: Stats, timed: Timed) {
     let states = GAUGE_STATES
         .into_iter()
         .chain([TcpState::CLOSE, TcpState::NEW_SYN_RECV]);
@@ -322,14 +387,14 @@ fn only_stays_that_events_can_time_count_or_are_discarded() {
         }
     }
     let counted = at(&mut stats, 3);
-    for (state, dwell) in GAUGE_STATES.iter().zip(comm(&counted, "a").dwell) {
-        let timed = timed_states().any(|timed| timed == *state);
+    for (state, dwell) in comm(&counted, "a").dwell.iter().enumerate() {
         assert_eq!(
             dwell.map(|dwell| (dwell.buckets[0], dwell.count)),
-            timed.then_some((1, 1))
+            timed.contains(state).then_some((1, 1))
         );
     }
-    let states = timed_states().count() as u64;
+    let all = 0..GAUGE_STATES.len();
+    let states = all.filter(|&state| timed.contains(state)).count() as u64;
     assert_eq!(
         counted.dwell_discarded,
         [
@@ -346,7 +411,7 @@ fn a_state_has_a_histogram_once_a_socket_was_in_it() {
     let first = open(&mut stats, 1, "first");
     open(&mut stats, 1, "second");
     close(&mut stats, 2, &first);
-    let counted = at(&mut stats, 3);
+    let counted = at(&mut stats, 2 + SHOWN_NS);
     // Taken along from the time when it waited for a place.
     let second = comm(&counted, "second");
     let present: Vec<_> = second.dwell.iter().map(Option::is_some).collect();
@@ -413,6 +478,7 @@ proptest! {
         let mut stats = Stats::new(max);
         let mut open: Vec<(usize, Socket)> = Vec::new();
         let mut now_ns = 0;
+        let mut left_ns: BTreeMap<&str, u64> = BTreeMap::new();
         for step in steps {
             now_ns += SECOND;
             match step {
@@ -429,12 +495,14 @@ proptest! {
                         ..change(now_ns, Some(&open[at].1), &after)
                     };
                     stats.apply(&change);
+                    left_ns.insert(label_of(open[at].0), now_ns);
                     open[at].1 = after;
                 }
                 Step::Rename(at, name) if !open.is_empty() => {
                     let at = at.index(open.len());
                     let after = socket(NAMES[name], open[at].1.state);
                     stats.apply(&change(now_ns, Some(&open[at].1), &after));
+                    left_ns.insert(label_of(open[at].0), now_ns);
                     open[at] = (name, after);
                 }
                 Step::Move(..) | Step::Rename(..) => {}
@@ -470,11 +538,68 @@ proptest! {
                     prop_assert_eq!(comm(&counted, label).sockets, expected);
                 }
             }
-            // Nobody waits while a place is free or taken by a name without live sockets.
+            // Nobody waits while a place is free, or taken by a name that has been without live sockets for long.
             recount.remove(NONE);
+            prop_assert!(recount.is_empty() || placed.len() == max);
             if !recount.is_empty() {
-                prop_assert!(placed.len() == max && placed.is_subset(&live));
+                for name in placed.difference(&live) {
+                    prop_assert!(now_ns - left_ns[name] < SHOWN_NS, "{} kept its place", name);
+                }
             }
+        }
+    }
+
+    /// Whoever scrapes often enough misses nothing, whichever names lose their places meanwhile.
+    #[test]
+    fn what_pages_show_adds_up_to_what_happened(
+        max in 0..4_usize,
+        steps in prop::collection::vec(
+            (0..NAMES.len(), 0..4_u8, prop_oneof![0..4 * SECOND, 0..2 * HOUR]),
+            1..80,
+        ),
+    ) {
+        let mut stats = Stats::new(max);
+        let mut open: Vec<Socket> = Vec::new();
+        let (mut now_ns, mut happened, mut shown) = (0, 0, 0);
+        let mut last: BTreeMap<Arc<str>, u64> = BTreeMap::new();
+        for (name, action, wait_ns) in steps {
+            let established = Socket { established: true, ..socket(NAMES[name], TcpState::ESTABLISHED) };
+            let closing = match action {
+                0 => {
+                    stats.apply(&change(now_ns, None, &established));
+                    open.push(established.clone());
+                    None
+                }
+                1 => (!open.is_empty()).then(|| open.remove(0)),
+                // At once; or one whose owner only its end tells.
+                kind => {
+                    let owner = if kind == 2 { established.owner } else { None };
+                    let opened = Socket { owner, ..established.clone() };
+                    stats.apply(&change(now_ns, None, &opened));
+                    Some(opened)
+                }
+            };
+            if let Some(before) = closing {
+                let owner = before.owner.or(established.owner);
+                let closed = Socket { state: TcpState::CLOSE, owner, ..before.clone() };
+                let end = Some(End::LocalClose);
+                stats.apply(&Change { end, ..change(now_ns, Some(&before), &closed) });
+                happened += 1;
+            }
+            // A page now, and others while nothing happens, as far apart as they may be.
+            for wait_ns in (0..=wait_ns).step_by(SHOWN_NS as usize) {
+                let counted = at(&mut stats, now_ns + wait_ns);
+                let ends = counted.comms.iter().map(|comm| (Arc::clone(&comm.comm), comm.ends.iter().sum()));
+                let page: BTreeMap<_, u64> = ends.collect();
+                for (label, value) in &page {
+                    let before = last.get(label).copied().unwrap_or_default();
+                    prop_assert!(*value >= before, "{} fell", label);
+                    shown += value - before;
+                }
+                last = page;
+            }
+            prop_assert_eq!(shown, happened);
+            now_ns += wait_ns;
         }
     }
 }

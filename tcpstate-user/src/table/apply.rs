@@ -8,8 +8,9 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
-use super::owners::{Known, as_listener};
+use super::owners::{Known, as_listener, own_by};
 use super::reconcile::{gone_change, mini_end};
+use super::timewait::fate_of;
 use super::{
     Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
 };
@@ -20,25 +21,41 @@ use crate::model::{
 /// `TCP_TIMEWAIT_LEN`, include/net/tcp.h: the same in every kernel.
 pub(super) const TIME_WAIT_NS: u64 = 60_000_000_000;
 
+/// The event has no cookie where each should have one: it can't be told which socket's it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoCookie;
+
 impl Table {
     /// Takes one event, in the order of the ring, and tells what changed.
     ///
     /// `container`: that of the event's process, where it has one.
+    ///
+    /// # Errors
+    /// [`NoCookie`]; nothing is taken.
     pub fn apply(
         &mut self,
         event: &SetState,
         container: Option<&Arc<str>>,
         mut sink: impl FnMut(&Change<'_>),
-    ) {
+    ) -> Result<(), NoCookie> {
+        if self.identity == Identity::Cookie && event.cookie == 0 {
+            return Err(NoCookie);
+        }
         self.newest_ns = self.newest_ns.max(event.time_ns);
         let (from, to) = (event.from(), event.to());
+        let waiting = self.children.remove(&event.sk);
         if from == TcpState::LISTEN && to == TcpState::SYN_RECV {
-            if let Some(first) = self.children.insert(event.sk, *event) {
+            if let Some(first) = waiting {
                 self.lone_child(&first, &mut sink);
             }
-            return;
+            if event.remote_port == 0 {
+                self.children.insert(event.sk, *event);
+            } else {
+                self.child(event, event, &mut sink);
+            }
+            return Ok(());
         }
-        if let Some(first) = self.children.remove(&event.sk) {
+        if let Some(first) = waiting {
             if from == TcpState::SYN_RECV {
                 self.child(&first, event, &mut sink);
             } else {
@@ -46,6 +63,7 @@ impl Table {
             }
         }
         self.step(event, container, &mut sink);
+        Ok(())
     }
 
     /// Gives up waiting for the second event of accepted sockets whose first is older than `before_ns`: it
@@ -74,26 +92,21 @@ impl Table {
         sink(&child_change(first, &socket, None, None));
     }
 
-    /// An accepted socket, by its first and its second event.
+    /// An accepted socket, by its first event and the one that tells who it is.
     fn child(&mut self, first: &SetState, second: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
-        let Some(key) = self.event_key(second) else {
-            return self.lone_child(first, sink);
-        };
-        let cookie = self.cookie(second);
+        let cookie = cookie(second);
         let id = self.new_id(cookie);
         let mut socket = new_socket(second, id, cookie);
         socket.state = TcpState::SYN_RECV;
         socket.role = Some(Role::Passive);
-        let accepted = self.owners.accepted_early(key);
+        let accepted = self
+            .owners
+            .accepted_early(self.event_key(second), first.time_ns);
         let known = accepted.or_else(|| self.listener_of(first, &socket));
         own_by(&mut socket, known);
         let before = self.take_request(&socket).as_ref().map(Place::of);
-        self.vacate(key, first.time_ns, sink);
-        self.reused(
-            (socket.netns, socket.local, socket.remote),
-            first.time_ns,
-            sink,
-        );
+        self.vacate(second, first.time_ns, sink);
+        self.reused(self.tuple(&socket), first.time_ns, sink);
         sink(&child_change(
             first,
             &socket,
@@ -104,43 +117,43 @@ impl Table {
             since_ns: first.time_ns,
             seen: true,
         };
-        self.full
-            .insert(key, Full::new(socket, stay, first.time_ns));
+        let full = Full {
+            begun_ns: first.time_ns,
+            ..Full::new(socket, stay, first.time_ns)
+        };
+        self.full.insert(self.event_key(second), full);
     }
 
+    /// The half-open request that became the child, and gave it its cookie.
     fn take_request(&mut self, child: &Socket) -> Option<Socket> {
-        let tuple = self.tuple(child);
-        let key = match self.identity {
-            Identity::Cookie => child.cookie?,
-            Identity::Address | Identity::AddressWithoutNetns => *self.adopted.get(&tuple)?,
+        let key = match child.cookie {
+            Some(cookie) => cookie,
+            None => *self.requests.get(&self.tuple(child))?,
         };
         let request = self.mini.get(&key)?;
         if request.socket.state != TcpState::NEW_SYN_RECV {
             return None;
         }
-        self.adopted.remove(&tuple);
         self.remove_mini(key).map(|request| request.socket)
     }
 
     /// Who listens for the socket that `first` is the first event of.
     fn listener_of(&self, first: &SetState, child: &Socket) -> Option<Known> {
         // Up to 6.12 the event carries the listener's cookie.
-        let named = (self.identity == Identity::Cookie)
-            .then(|| self.full.get(&first.cookie))
-            .flatten()
-            .map(|full| &full.socket)
-            .filter(|socket| socket.state == TcpState::LISTEN);
-        match named {
-            Some(socket) => Some((as_listener(socket.owner?), socket.container.clone())),
-            None => self.listening(child),
+        let named = self.full.with_cookie(first.cookie);
+        let named = named.and_then(|key| self.full.get(key));
+        match named.map(|full| &full.socket) {
+            Some(socket) if socket.state == TcpState::LISTEN => {
+                Some((as_listener(socket.owner?), socket.container.clone()))
+            }
+            _ => self.listening(child),
         }
     }
 
-    /// The key of the event's socket; `None` where the kernel gave no cookie though it should have.
-    fn event_key(&self, event: &SetState) -> Option<u64> {
+    pub(super) const fn event_key(&self, event: &SetState) -> u64 {
         match self.identity {
-            Identity::Cookie => self.cookie(event),
-            Identity::Address | Identity::AddressWithoutNetns => Some(event.sk),
+            Identity::Cookie => event.cookie,
+            Identity::Address | Identity::AddressWithoutNetns => event.sk,
         }
     }
 
@@ -152,86 +165,84 @@ impl Table {
         sink: &mut impl FnMut(&Change<'_>),
     ) {
         let (from, to) = (event.from(), event.to());
-        let Some(key) = self.event_key(event) else {
-            return;
-        };
+        let key = self.event_key(event);
         let opening = from == TcpState::CLOSE;
         if opening {
-            self.vacate(key, event.time_ns, sink);
+            self.vacate(event, event.time_ns, sink);
         } else {
-            self.adopt(key, event);
+            self.adopt(event, sink);
         }
-        let new = !self.full.contains_key(&key);
+        let new = !self.full.contains(key);
         if new {
             self.take_in(key, event);
         }
-        let Some(full) = self.full.get_mut(&key) else {
+        let lost_until_ns = self.lost_until_ns;
+        let since_ns = if opening { event.time_ns } else { 0 };
+        let accepted = self.owners.accepted_early(key, since_ns);
+        let stepped = self.full.change(key, |full| {
+            let before = (!new).then(|| Place::of(&full.socket));
+            let fits = full.socket.state == from;
+            let dwell = if opening || from == to {
+                Dwell::None
+            } else if fits {
+                full.stay.dwell(event.time_ns, lost_until_ns)
+            } else {
+                Dwell::Unknown(Discard::Mismatch)
+            };
+            full.event_ns = event.time_ns;
+            full.missed = false;
+            update(&mut full.socket, event);
+            own_by(&mut full.socket, accepted);
+            own(&mut full.socket, event, container);
+            // A socket whose event has no cookie is in no dump yet.
+            full.guess = None;
+            if from != to && to != TcpState::CLOSE {
+                full.socket.state = to;
+                full.stay = Stay {
+                    since_ns: event.time_ns,
+                    seen: true,
+                };
+                full.dumped = None;
+            }
+            let ends = (full.socket.netns, full.socket.local, full.socket.remote);
+            (before, dwell, ends)
+        });
+        let Some((before, dwell, ends)) = stepped else {
             return;
         };
-        let before = (!new).then(|| Place::of(&full.socket));
-        let dwell = if opening || from == to {
-            Dwell::None
-        } else if full.socket.state == from {
-            full.stay.dwell(event.time_ns, self.lost_until_ns)
-        } else {
+        if dwell == Dwell::Unknown(Discard::Mismatch) {
             self.corrections.count(Correction::Event);
-            Dwell::Unknown(Discard::Mismatch)
-        };
-        if full.socket.state == TcpState::LISTEN && from != to {
-            self.listeners.remove(key, &full.socket);
         }
-        full.event_ns = event.time_ns;
-        full.missed = false;
-        update(&mut full.socket, event);
-        own(&mut full.socket, event, container);
         if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
             // Its port is known now.
-            let Socket {
-                netns,
-                local,
-                remote,
-                ..
-            } = full.socket;
-            self.reused((netns, local, remote), event.time_ns, sink);
+            self.reused(ends, event.time_ns, sink);
         }
-        let Some(full) = self.full.get_mut(&key) else {
-            return;
-        };
-
         if to == TcpState::CLOSE && from != to {
-            if let Some(full) = self.full.remove(&key) {
+            if let Some(full) = self.full.remove(key) {
                 self.close(event, full, dwell, before, sink);
             }
             return;
         }
-        if from != to {
-            full.socket.state = to;
-            full.stay = Stay {
-                since_ns: event.time_ns,
-                seen: true,
-            };
-            full.dumped = None;
-        }
+        let Some(full) = self.full.get(key) else {
+            return;
+        };
         if to == TcpState::ESTABLISHED {
             self.owners.established(&full.socket);
         }
-        let moved = (from != to).then_some((from, to));
         sink(&Change {
             time_ns: event.time_ns,
             socket: &full.socket,
             kernel: Some((from, to)),
             // The same state twice: shutdown() and then close(), or a disconnect of what is closed.
-            shown: moved,
+            shown: (from != to).then_some((from, to)),
             dwell,
             evidence: Evidence::Tracepoint,
             end: None,
             before,
             after: (to != TcpState::CLOSE).then(|| Place::of(&full.socket)),
         });
-        if to == TcpState::LISTEN {
-            self.listeners.insert(key, &full.socket);
-        } else if to == TcpState::CLOSE {
-            self.full.remove(&key);
+        if to == TcpState::CLOSE {
+            self.full.remove(key);
         }
     }
 
@@ -246,12 +257,15 @@ impl Table {
     ) {
         let from = event.from();
         let Full {
-            mut socket, stay, ..
+            mut socket,
+            stay,
+            timewait,
+            ..
         } = full;
         if !event.has(FLAG_DEAD) {
             self.generations.closed(socket.id);
         }
-        let fate = fate(event);
+        let fate = timewait.map_or_else(|| fate(event), fate_of);
         socket.state = match fate {
             Fate::Gone => TcpState::CLOSE,
             Fate::TimeWait => TcpState::TIME_WAIT,
@@ -268,6 +282,8 @@ impl Table {
             dwell,
             evidence: if gone {
                 Evidence::Tracepoint
+            } else if timewait.is_some() {
+                Evidence::Fentry
             } else {
                 Evidence::Inferred
             },
@@ -276,18 +292,19 @@ impl Table {
             after: (!gone).then(|| Place::of(&socket)),
         });
         // Also where a minisocket takes its place: a dump may have read the full one.
-        let dump_key = self.dump_key(&socket);
-        if let (Some(closed), Some(key)) = (&mut self.closed, dump_key) {
-            closed.insert(key, event.time_ns);
+        let ends = self.tuple(&socket);
+        // A listener that a dump had read would have a cookie there, and its ends may be others' too.
+        let unread = self.identity == Identity::Address
+            && from == TcpState::LISTEN
+            && socket.cookie.is_none();
+        if let Some(closed) = &mut self.closed
+            && !unread
+        {
+            closed.insert(socket.cookie, ends, event.time_ns);
         }
         if gone {
             return;
         }
-        let key = match socket.cookie {
-            // A socket can be connected again while its timewait socket lives, and both have its cookie.
-            Some(cookie) if !self.mini.contains_key(&cookie) => cookie,
-            _ => self.own_key(),
-        };
         let mini = Mini {
             stay: if stays {
                 stay
@@ -302,46 +319,25 @@ impl Table {
             event_ns: event.time_ns,
             socket,
         };
-        self.insert_mini(key, mini);
+        self.insert_mini(mini);
     }
 
     /// A socket whose beginning was not seen, or that begins with this event.
     fn take_in(&mut self, key: u64, event: &SetState) {
-        let cookie = self.cookie(event);
+        let cookie = cookie(event);
         let mut socket = new_socket(event, self.new_id(cookie), cookie);
         socket.state = event.from();
-        if socket.state != TcpState::CLOSE {
-            self.corrections.count(Correction::Event);
-        }
         let stay = Stay {
             since_ns: event.time_ns,
             seen: false,
         };
-        self.full
-            .insert(key, Full::new(socket, stay, event.time_ns));
-    }
-
-    /// Makes the key free for another socket: the end of one that has it was lost.
-    fn vacate(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
-        let Some(stale) = self.full.remove(&key) else {
-            return;
-        };
-        self.corrections.count(Correction::Event);
-        if stale.socket.state == TcpState::LISTEN {
-            self.listeners.remove(key, &stale.socket);
+        let mut full = Full::new(socket, stay, event.time_ns);
+        if event.from() == TcpState::CLOSE {
+            full.begun_ns = event.time_ns;
+        } else {
+            self.corrections.count(Correction::Event);
         }
-        self.generations.closed(stale.socket.id);
-        sink(&Change {
-            time_ns,
-            socket: &stale.socket,
-            kernel: None,
-            shown: None,
-            dwell: Dwell::Unknown(Discard::Lost),
-            evidence: Evidence::Inferred,
-            end: None,
-            before: Some(Place::of(&stale.socket)),
-            after: None,
-        });
+        self.full.insert(key, full);
     }
 
     /// A socket has these ends now: the timewait socket that had them before was taken out of its way, without a word
@@ -365,31 +361,11 @@ impl Table {
             ..gone_change(time_ns, &socket, before, mini_end(before.state))
         });
     }
+}
 
-    /// Where events have no cookie: a socket that a dump found gets its address from its first event.
-    fn adopt(&mut self, address: u64, event: &SetState) {
-        if self.adopted.is_empty() || self.full.contains_key(&address) {
-            return;
-        }
-        let (_, local, remote) = ends(event);
-        let Some(own) =
-            self.adopted
-                .remove(&((event.netns != 0).then_some(event.netns), local, remote))
-        else {
-            return;
-        };
-        if let Some(full) = self.full.remove(&own) {
-            if full.socket.state == TcpState::LISTEN {
-                self.listeners.remove(own, &full.socket);
-                self.listeners.insert(address, &full.socket);
-            }
-            self.full.insert(address, full);
-        }
-    }
-
-    fn cookie(&self, event: &SetState) -> Option<u64> {
-        (self.identity == Identity::Cookie && event.cookie != 0).then_some(event.cookie)
-    }
+/// Where each event should have one, that of the socket; else where the kernel has made one.
+pub(super) fn cookie(event: &SetState) -> Option<u64> {
+    (event.cookie != 0).then_some(event.cookie)
 }
 
 /// What the gauges and streams are told of an accepted socket's first event.
@@ -442,6 +418,7 @@ fn update(socket: &mut Socket, event: &SetState) {
     let (from, to) = (event.from(), event.to());
     let (family, local, remote) = ends(event);
     socket.uid = uid(event);
+    socket.cookie = cookie(event).or(socket.cookie);
     match (from, to) {
         (TcpState::CLOSE, TcpState::SYN_SENT) => {
             socket.role = Some(Role::Active);
@@ -492,19 +469,14 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
     socket.container = container.cloned();
 }
 
-fn own_by(socket: &mut Socket, known: Option<Known>) {
-    if let Some((owner, container)) = known {
-        socket.owner = Some(owner);
-        socket.container = container;
-    }
-}
-
 /// Family and both ends as the contract writes them. A listener has no remote end.
-fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
+pub(super) fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
     let local = addr(event.local_addr);
     let remote = addr(event.remote_addr);
     let v4 = event.family == AF_INET || remote.is_ipv4();
-    let listens = event.from() == TcpState::LISTEN || event.to() == TcpState::LISTEN;
+    let (from, to) = (event.from(), event.to());
+    // LISTEN→SYN_RECV is an accepted socket's.
+    let listens = (from == TcpState::LISTEN && to != TcpState::SYN_RECV) || to == TcpState::LISTEN;
     let endpoint = |addr: IpAddr, port: u16| Endpoint {
         addr: (listens || !addr.is_unspecified()).then_some(addr),
         port: (port != 0).then_some(port),

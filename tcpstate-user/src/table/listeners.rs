@@ -6,6 +6,7 @@ use rustc_hash::FxHashMap;
 
 use super::Socket;
 use super::owners::Known;
+use crate::model::Endpoint;
 
 /// Listening sockets by network namespace and port.
 #[derive(Debug, Default)]
@@ -18,24 +19,21 @@ struct Listener {
 }
 
 impl Listeners {
-    pub(super) fn insert(&mut self, key: u64, socket: &Socket) {
-        if let Some(port) = socket.local.port {
-            let listeners = self.0.entry((socket.netns, port)).or_default();
-            listeners.retain(|listener| listener.key != key);
-            listeners.push(Listener {
-                key,
-                addr: socket.local.addr,
-            });
+    pub(super) fn insert(&mut self, key: u64, netns: Option<u32>, local: Endpoint) {
+        if let Some(port) = local.port {
+            let addr = local.addr;
+            let listeners = self.0.entry((netns, port)).or_default();
+            listeners.push(Listener { key, addr });
         }
     }
 
-    pub(super) fn remove(&mut self, key: u64, socket: &Socket) {
-        if let Some(port) = socket.local.port
-            && let Some(listeners) = self.0.get_mut(&(socket.netns, port))
+    pub(super) fn remove(&mut self, key: u64, netns: Option<u32>, local: Endpoint) {
+        if let Some(port) = local.port
+            && let Some(listeners) = self.0.get_mut(&(netns, port))
         {
             listeners.retain(|listener| listener.key != key);
             if listeners.is_empty() {
-                self.0.remove(&(socket.netns, port));
+                self.0.remove(&(netns, port));
             }
         }
     }

@@ -1,11 +1,14 @@
 //! The table of sockets: turns the kernel's events and dumps into what happened, and says how it knows.
 //!
 //! Pure: time comes in with the events, and nothing here knows where they came from. The doors are
-//! [`Table::apply`] and [`Table::accepted`] for events, [`Table::reconcile`] for a dump of the sockets, and
+//! [`Table::apply`], [`Table::accepted`] and [`Table::time_wait`] for events, [`Table::reconcile`] for a dump of sockets, and
 //! [`Table::swept`] for one of who holds them.
 
+mod adopt;
 mod apply;
 mod fate;
+mod full;
+mod joins;
 mod listeners;
 mod owners;
 mod reconcile;
@@ -14,14 +17,17 @@ mod snapshot;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod timewait;
 
 use std::collections::VecDeque;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::{SetState, TcpState};
 
-use crate::model::{ConnectionId, Endpoint, Named, named};
-use listeners::Listeners;
+use crate::model::{Comm, ConnectionId, Endpoint, Evidence, Named, ProcessId, named};
+pub use apply::NoCookie;
+use full::{Full, FullSockets};
+use joins::Closed;
 use owners::Owners;
 pub use reconcile::STORE_NS;
 pub use snapshot::{Holder, Record, Snapshot, StateMask, Unreachable};
@@ -32,11 +38,22 @@ pub use socket::{Change, Discard, Dwell, Place, Socket};
 pub enum Identity {
     /// The kernel's socket cookie (from 5.12).
     Cookie,
-    /// The address of the socket, which the kernel uses again at once.
+    /// The address of the socket, which the kernel uses again at once. Events carry the cookie once something, such as
+    /// a dump, had the kernel make one.
     Address,
-    /// As [`Address`](Self::Address), and events don't tell the network namespace (classic tracepoint). A socket of a
-    /// dump is matched by its ends alone then, which may be those of another in another namespace.
+    /// As [`Address`](Self::Address), and events tell neither the network namespace nor ever a cookie (classic
+    /// tracepoint). A socket of a dump is matched by its ends alone then, which may be those of another in another
+    /// namespace; so nothing is learned from the match, which no event could put right.
     AddressWithoutNetns,
+}
+
+impl Identity {
+    const fn tuple(self, netns: Option<u32>, local: Endpoint, remote: Endpoint) -> Tuple {
+        match self {
+            Self::AddressWithoutNetns => (None, local, remote),
+            Self::Cookie | Self::Address => (netns, local, remote),
+        }
+    }
 }
 
 named! {
@@ -77,40 +94,6 @@ impl Stay {
     }
 }
 
-/// A socket that events follow.
-#[derive(Debug)]
-struct Full {
-    socket: Socket,
-    stay: Stay,
-    /// Time of its newest event; 0 for one that only a dump has shown.
-    event_ns: u64,
-    /// The last dump that covers it lacked it.
-    missed: bool,
-    /// What only a dump tells; `None` from a transition on until the next one.
-    dumped: Option<Dumped>,
-}
-
-/// What a full socket was when a dump read it.
-#[derive(Clone, Copy, Debug)]
-struct Dumped {
-    recv_queue: u32,
-    send_queue: u32,
-    /// A descriptor stands for it.
-    has_file: bool,
-}
-
-impl Full {
-    fn new(socket: Socket, stay: Stay, event_ns: u64) -> Self {
-        Self {
-            socket,
-            stay,
-            event_ns,
-            missed: false,
-            dumped: None,
-        }
-    }
-}
-
 /// What no event follows: a timewait socket (TIME_WAIT, or an orphan's FIN_WAIT2) or a half-open request.
 /// The kernel calls them minisocks.
 #[derive(Debug)]
@@ -124,7 +107,7 @@ struct Mini {
     event_ns: u64,
 }
 
-/// A socket as a dump can be matched with it, where events don't carry the cookie.
+/// Network namespace, as far as events tell it, and both ends.
 type Tuple = (Option<u32>, Endpoint, Endpoint);
 
 /// Generations of sockets that were closed and may be connected again, the oldest forgotten first.
@@ -161,25 +144,22 @@ impl Generations {
 #[derive(Debug)]
 pub struct Table {
     identity: Identity,
-    /// By cookie; by address where events have no cookie, and there by a key of our own until an event tells
-    /// the address of a socket that a dump found.
-    full: FxHashMap<u64, Full>,
-    /// By cookie, or by a key of our own where events have no cookie: the address is another socket's by then.
+    full: FullSockets,
+    /// By cookie, or by a key of our own where that is not known or another's already.
     mini: FxHashMap<u64, Mini>,
     /// Of `mini`: timewait sockets by their ends.
     timewait: FxHashMap<Tuple, u64>,
-    listeners: Listeners,
+    /// Of `mini`: half-open requests by their ends.
+    requests: FxHashMap<Tuple, u64>,
     /// First events of accepted sockets, by address, until the next event tells whose they are: up to 6.12
     /// they carry the listener's cookie and no remote end.
     children: FxHashMap<u64, SetState>,
     owners: Owners,
     generations: Generations,
-    /// Where events have no cookie: sockets that a dump found and no event has shown.
-    adopted: FxHashMap<Tuple, u64>,
-    /// Namespaces that a dump has covered: one that is not found any more is gone.
+    /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
     /// While a dump is under way: what closed since it began.
-    closed: Option<FxHashMap<DumpKey, u64>>,
+    closed: Option<Closed>,
     own_numbers: u64,
     newest_ns: u64,
     /// Stays that began no later than this may have lost events.
@@ -202,26 +182,18 @@ impl Corrections {
     }
 }
 
-/// What tells sockets apart in a dump.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum DumpKey {
-    Cookie(u64),
-    Tuple(Tuple),
-}
-
 impl Table {
     #[must_use]
     pub fn new(identity: Identity) -> Self {
         Self {
             identity,
-            full: FxHashMap::default(),
+            full: FullSockets::new(identity),
             mini: FxHashMap::default(),
             timewait: FxHashMap::default(),
-            listeners: Listeners::default(),
+            requests: FxHashMap::default(),
             children: FxHashMap::default(),
             owners: Owners::default(),
             generations: Generations::default(),
-            adopted: FxHashMap::default(),
             listed: FxHashSet::default(),
             closed: None,
             own_numbers: 0,
@@ -247,6 +219,72 @@ impl Table {
         self.len() == 0
     }
 
+    /// Network namespaces with the pids of who owns a full socket there.
+    #[must_use]
+    pub fn owners_by_netns(&self) -> FxHashSet<(u32, u32)> {
+        let sockets = self.full.sockets();
+        sockets
+            .filter_map(|socket| Some((socket.netns?, socket.owner?.process.pid)))
+            .collect()
+    }
+
+    /// Who owns a socket.
+    #[must_use]
+    pub fn owners(&self) -> FxHashSet<ProcessId> {
+        let full = self.full.sockets();
+        let sockets = full.chain(self.mini.values().map(|mini| &mini.socket));
+        sockets
+            .filter_map(|socket| socket.owner?.process.id())
+            .collect()
+    }
+
+    /// Gives owners the names that they have now, at `time_ns`.
+    pub fn rename_owners(
+        &mut self,
+        names: &FxHashMap<ProcessId, Comm>,
+        time_ns: u64,
+        mut sink: impl FnMut(&Change<'_>),
+    ) {
+        let full = self.full.sockets_mut();
+        for socket in full.chain(self.mini.values_mut().map(|mini| &mut mini.socket)) {
+            let before = Place::of(socket);
+            let Some(owner) = &mut socket.owner else {
+                continue;
+            };
+            let now = owner.process.id().and_then(|id| names.get(&id));
+            if now.is_none() || now == owner.process.comm.as_ref() {
+                continue;
+            }
+            owner.process.comm = now.copied();
+            sink(&Change {
+                time_ns,
+                socket,
+                kernel: None,
+                shown: None,
+                dwell: Dwell::None,
+                evidence: Evidence::Snapshot,
+                end: None,
+                before: Some(before),
+                after: Some(Place::of(socket)),
+            });
+        }
+    }
+
+    /// Whether a dump has covered this network namespace.
+    #[must_use]
+    pub fn lists(&self, netns: u32) -> bool {
+        self.listed.contains(&netns)
+    }
+
+    /// Network namespaces that full sockets are in and that no dump has covered.
+    #[must_use]
+    pub fn unlisted(&self) -> FxHashSet<u32> {
+        let namespaces = self.full.sockets().filter_map(|socket| socket.netns);
+        namespaces
+            .filter(|netns| !self.listed.contains(netns))
+            .collect()
+    }
+
     /// By [`Correction`], in the order of its values.
     #[must_use]
     pub fn corrections(&self) -> [u64; <Correction as Named>::ALL.len()] {
@@ -263,46 +301,50 @@ impl Table {
         1 << 62 | self.own_number()
     }
 
+    /// The cookie of an event makes the name only where each event has one: a name never changes.
     fn new_id(&mut self, cookie: Option<u64>) -> ConnectionId {
         match cookie {
-            Some(cookie) => ConnectionId::Cookie {
+            Some(cookie) if self.identity == Identity::Cookie => ConnectionId::Cookie {
                 cookie,
                 generation: self.generations.of(cookie),
             },
-            None => ConnectionId::Own(self.own_number()),
+            _ => ConnectionId::Own(self.own_number()),
         }
     }
 
-    fn insert_mini(&mut self, key: u64, mini: Mini) {
-        if mini.socket.state != TcpState::NEW_SYN_RECV {
-            self.timewait.insert(self.tuple(&mini.socket), key);
-        }
+    /// Gives its key.
+    fn insert_mini(&mut self, mini: Mini) -> u64 {
+        let key = match mini.socket.cookie {
+            // A socket can be connected again while its timewait socket lives, and both have its cookie.
+            Some(cookie) if !self.mini.contains_key(&cookie) => cookie,
+            _ => self.own_key(),
+        };
+        let ends = self.tuple(&mini.socket);
+        self.mini_by_ends(&mini.socket).insert(ends, key);
         self.mini.insert(key, mini);
+        key
     }
 
     fn remove_mini(&mut self, key: u64) -> Option<Mini> {
         let mini = self.mini.remove(&key)?;
-        let tuple = self.tuple(&mini.socket);
-        if self.timewait.get(&tuple) == Some(&key) {
-            self.timewait.remove(&tuple);
+        let ends = self.tuple(&mini.socket);
+        let by_ends = self.mini_by_ends(&mini.socket);
+        if by_ends.get(&ends) == Some(&key) {
+            by_ends.remove(&ends);
         }
         Some(mini)
     }
 
-    fn dump_key(&self, socket: &Socket) -> Option<DumpKey> {
-        match self.identity {
-            Identity::Cookie => socket.cookie.map(DumpKey::Cookie),
-            Identity::Address | Identity::AddressWithoutNetns => {
-                Some(DumpKey::Tuple(self.tuple(socket)))
-            }
+    fn mini_by_ends(&mut self, socket: &Socket) -> &mut FxHashMap<Tuple, u64> {
+        if socket.state == TcpState::NEW_SYN_RECV {
+            &mut self.requests
+        } else {
+            &mut self.timewait
         }
     }
 
-    fn tuple(&self, socket: &Socket) -> Tuple {
-        let netns = match self.identity {
-            Identity::AddressWithoutNetns => None,
-            Identity::Cookie | Identity::Address => socket.netns,
-        };
-        (netns, socket.local, socket.remote)
+    const fn tuple(&self, socket: &Socket) -> Tuple {
+        self.identity
+            .tuple(socket.netns, socket.local, socket.remote)
     }
 }

@@ -16,7 +16,7 @@ pub(super) struct Owners {
     /// Events tell of accepts.
     accepts: bool,
     /// Accepts of sockets that are not in the table yet, by the socket's key: a connection can be taken from its
-    /// listener's queue before its own second event.
+    /// listener's queue before its own second event, and before the first dump is there.
     early: FxHashMap<u64, (u64, Known)>,
     /// A connection came whose holder no event told.
     wanting: bool,
@@ -27,9 +27,11 @@ impl Owners {
         self.early.retain(|_, (time_ns, _)| *time_ns >= before_ns);
     }
 
-    /// Who accepted a connection that is new to the table.
-    pub(super) fn accepted_early(&mut self, key: u64) -> Option<Known> {
-        self.early.remove(&key).map(|(_, known)| known)
+    /// Who accepted a connection that is new to the table. An accept before `since_ns` was of another socket, which had
+    /// the same address.
+    pub(super) fn accepted_early(&mut self, key: u64, since_ns: u64) -> Option<Known> {
+        let (time_ns, known) = self.early.remove(&key)?;
+        (time_ns >= since_ns).then_some(known)
     }
 
     /// To be called when a socket is a connection now.
@@ -72,9 +74,9 @@ impl Table {
             source: OwnerSource::Accept,
         };
         let known = (owner, container.cloned());
-        match self.full.get_mut(&key) {
-            Some(full) if full.socket.state != TcpState::LISTEN => {
-                give(&mut full.socket, known, event.time_ns, &mut sink);
+        match self.full.socket_mut(key) {
+            Some(socket) if socket.state != TcpState::LISTEN => {
+                give(socket, known, event.time_ns, &mut sink);
             }
             _ => {
                 self.owners.early.insert(key, (event.time_ns, known));
@@ -95,13 +97,12 @@ impl Table {
                 }
             }
         }
-        for full in self.full.values_mut() {
-            let Some((holder, count)) = full.socket.cookie.and_then(|cookie| found.get(&cookie))
-            else {
+        for (cookie, (holder, count)) in found {
+            let key = self.full.with_cookie(cookie);
+            let Some(socket) = key.and_then(|key| self.full.socket_mut(key)) else {
                 continue;
             };
-            let socket = &mut full.socket;
-            socket.holders = Some(*count);
+            socket.holders = Some(count);
             let source = match socket.owner {
                 // It still holds it; how that was known first says more.
                 Some(known) if known.process.is(&holder.process) => match known.source {
@@ -132,24 +133,20 @@ impl Table {
                 && socket.role == Some(Role::Passive)
                 && matches!(socket.state, TcpState::ESTABLISHED | TcpState::CLOSE_WAIT)
         };
-        let waiting = self.full.iter().filter(|(_, full)| waits(&full.socket));
+        let waiting = self.full.iter().filter(|(_, socket)| waits(socket));
         let listening: Vec<(u64, Known)> = waiting
-            .filter_map(|(&key, full)| Some((key, self.listening(&full.socket)?)))
+            .filter_map(|(key, socket)| Some((key, self.listening(socket)?)))
             .collect();
         for (key, known) in listening {
-            if let Some(full) = self.full.get_mut(&key) {
-                give(&mut full.socket, known, time_ns, sink);
+            if let Some(socket) = self.full.socket_mut(key) {
+                give(socket, known, time_ns, sink);
             }
         }
     }
 
     /// Who listens for `child`, if there can be no doubt, as its owner until it is accepted.
     pub(super) fn listening(&self, child: &Socket) -> Option<Known> {
-        let listener = self.listeners.of(child, |key| {
-            let socket = &self.full.get(&key)?.socket;
-            let owner = socket.owner.filter(|_| socket.state == TcpState::LISTEN)?;
-            Some((owner, socket.container.clone()))
-        });
+        let listener = self.full.listener_of(child);
         listener.map(|(owner, container)| (as_listener(owner), container))
     }
 }
@@ -161,16 +158,17 @@ pub(super) fn as_listener(owner: Owner) -> Owner {
     }
 }
 
+pub(super) fn own_by(socket: &mut Socket, known: Option<Known>) {
+    if let Some((owner, container)) = known {
+        socket.owner = Some(owner);
+        socket.container = container;
+    }
+}
+
 /// Sets the owner, and tells it where that changes where the socket is counted.
-fn give(
-    socket: &mut Socket,
-    (owner, container): Known,
-    time_ns: u64,
-    sink: &mut impl FnMut(&Change<'_>),
-) {
+fn give(socket: &mut Socket, known: Known, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
     let before = Place::of(socket);
-    socket.owner = Some(owner);
-    socket.container = container;
+    own_by(socket, Some(known));
     let after = Place::of(socket);
     if before != after {
         sink(&Change {

@@ -3,13 +3,16 @@
 //! A dump is not atomic. So an event that is newer than a record wins over it, an older one yields, and a
 //! socket that a dump lacks is taken for gone only if the next dump lacks it too.
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 use tcpstate_common::TcpState;
 
 use super::apply::TIME_WAIT_NS;
+use super::full::Dumped;
+use super::joins::{Alike, Closed, Joins};
+use super::owners::own_by;
 use super::{
-    Change, Correction, DumpKey, Dumped, Dwell, Full, Identity, Mini, Place, Record, Snapshot,
-    Socket, Stay, Table,
+    Change, Correction, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket, StateMask,
+    Stay, Table, Tuple,
 };
 use crate::model::{ConnectionId, End, Evidence, Role};
 
@@ -21,7 +24,7 @@ pub const STORE_NS: u64 = 20_000_000;
 impl Table {
     /// To be called before a dump begins: from now on the table remembers what closes.
     pub fn snapshot_begins(&mut self) {
-        self.closed = Some(FxHashMap::default());
+        self.closed = Some(Closed::default());
     }
 
     /// The dump that had begun failed.
@@ -33,122 +36,146 @@ impl Table {
     ///
     /// Tells whether it lacked a full socket for the first time: the next dump decides.
     pub fn reconcile(&mut self, snapshot: &Snapshot, mut sink: impl FnMut(&Change<'_>)) -> bool {
-        let mut index = self.index();
         let closed = self.closed.take().unwrap_or_default();
+        let mut joins = Joins {
+            closed,
+            minis: self
+                .mini
+                .iter()
+                .filter_map(|(&key, mini)| Some((mini.socket.cookie?, key)))
+                .collect(),
+            ..Joins::default()
+        };
         let mut seen_full = FxHashSet::default();
         let mut seen_mini = FxHashSet::default();
         for record in &snapshot.records {
-            let dump_key = self.record_key(record);
             if is_mini(record) {
-                let newer = |ns: u64| ns.saturating_add(STORE_NS) >= record.read_ns.0;
-                let full = index.full.get(&dump_key).copied();
-                if record.state == TcpState::NEW_SYN_RECV {
-                    // Its child has come since.
-                    if full.is_some() || closed.get(&dump_key).is_some_and(|&ns| newer(ns)) {
-                        continue;
-                    }
-                } else if let Some(key) = full
-                    && self.full.get(&key).is_some_and(|full| {
-                        let ends = (full.socket.local, full.socket.remote);
-                        !newer(full.event_ns) && ends == (record.local, record.remote)
-                    })
-                {
-                    // Its →CLOSE was lost: what the table holds as full is this minisocket.
-                    index.full.remove(&dump_key);
-                    if let Some(key) = self.demote(key) {
-                        index.mini.insert(dump_key, key);
-                    }
+                if let Some(key) = self.mini_record(record, &mut joins, &mut sink) {
+                    // A socket can come twice in one dump.
+                    joins.minis.insert(record.cookie, key);
+                    seen_mini.insert(key);
                 }
-                let known = index.mini.get(&dump_key).copied();
-                let key = self.merge_mini(record, known, &mut sink);
-                // A socket can come twice in one dump.
-                index.mini.insert(dump_key, key);
-                seen_mini.insert(key);
-            } else {
-                let closed_ns = closed.get(&dump_key).copied();
-                let known = index.full.get(&dump_key).copied();
-                if let Some(key) = self.merge_full(record, known, closed_ns, &mut sink) {
-                    index.full.insert(dump_key, key);
-                    seen_full.insert(key);
-                }
+            } else if let Some(key) = self.full_record(record, &mut joins, &mut sink) {
+                seen_full.insert(key);
             }
         }
-        let doubtful = self.drop_full(snapshot, &seen_full, &mut sink);
+        self.learn_joins(&joins, snapshot.started_ns);
+        // What events follow is not for a dump of some states to end.
+        let doubtful =
+            snapshot.states == StateMask::ALL && self.drop_full(snapshot, &seen_full, &mut sink);
         self.drop_mini(snapshot, &seen_mini, &mut sink);
+        if snapshot.whole_host {
+            // The inode of a namespace that is gone may be another's, which no dump lists, once nothing is left in it.
+            let sockets = self.full.sockets();
+            let left: FxHashSet<u32> = sockets.filter_map(|socket| socket.netns).collect();
+            self.listed.retain(|netns| left.contains(netns));
+        }
         self.listed.extend(&snapshot.netns);
         self.corrections.begun = true;
         doubtful
     }
 
-    fn record_key(&self, record: &Record) -> DumpKey {
-        match self.identity {
-            Identity::Cookie => DumpKey::Cookie(record.cookie),
-            Identity::Address => DumpKey::Tuple((Some(record.netns), record.local, record.remote)),
-            Identity::AddressWithoutNetns => DumpKey::Tuple((None, record.local, record.remote)),
-        }
-    }
-
-    /// The keys of all sockets as dumps name them.
-    fn index(&self) -> Index {
-        let full = self
-            .full
-            .iter()
-            .filter_map(|(&key, full)| self.dump_key(&full.socket).map(|name| (name, key)));
-        let mini = self
-            .mini
-            .iter()
-            .filter_map(|(&key, mini)| self.dump_key(&mini.socket).map(|name| (name, key)));
-        Index {
-            full: full.collect(),
-            mini: mini.collect(),
-        }
+    fn record_ends(&self, record: &Record) -> Tuple {
+        self.identity
+            .tuple(Some(record.netns), record.local, record.remote)
     }
 
     /// Gives the key of the table's entry for a full socket, if there is one now.
-    fn merge_full(
+    fn full_record(
         &mut self,
         record: &Record,
-        known: Option<u64>,
-        closed_ns: Option<u64>,
+        joins: &mut Joins,
         sink: &mut impl FnMut(&Change<'_>),
     ) -> Option<u64> {
-        let newer = |event_ns: u64| event_ns.saturating_add(STORE_NS) >= record.read_ns.0;
-        let Some(key) = known else {
-            if closed_ns.is_some_and(newer) {
+        if let Some(key) = self.full.with_cookie(record.cookie) {
+            self.merge_full(key, record, sink);
+            return Some(key);
+        }
+        if joins.closed.has_cookie_of(record) {
+            return None;
+        }
+        if self.identity != Identity::Cookie {
+            let ends = self.record_ends(record);
+            let mut known = joins.by_ends(&self.full, ends, record);
+            if known.is_none() {
+                if joins.closed.has_ends_of(record, ends) {
+                    return None;
+                }
+                known = joins.unbound(&self.full, ends, record);
+            }
+            if let Some(key) = known {
+                // So that it is known if it comes again.
+                let guess = Some(record.cookie);
+                self.full.change(key, |full| full.guess = guess);
+                self.merge_full(key, record, sink);
+                return Some(key);
+            }
+        }
+        self.corrections.count(Correction::Found);
+        Some(self.found(record, joins, sink))
+    }
+
+    /// Makes of guesses what they are worth.
+    fn learn_joins(&mut self, joins: &Joins, started_ns: u64) {
+        // One record, and one socket, of which the dump must have one.
+        let certain = |alike: &&Alike| (alike.entries, alike.records) == (1, 1);
+        for alike in joins.alike.values().filter(certain) {
+            let Some((key, record)) = alike.joined else {
+                continue;
+            };
+            self.full.change(key, |full| {
+                let there = full.begun_ns.saturating_add(STORE_NS) < started_ns;
+                if !there || newer(full.event_ns, &record) {
+                    return;
+                }
+                if record.state == full.socket.state {
+                    full.dumped = Some(Dumped::of(&record));
+                }
+                if self.identity == Identity::Address {
+                    full.guess = None;
+                    full.socket.cookie = Some(record.cookie);
+                    learn(&mut full.socket, &record);
+                }
+            });
+        }
+        if self.identity == Identity::AddressWithoutNetns {
+            // No event will ever put one right.
+            for &key in &joins.guessed {
+                self.full.change(key, |full| full.guess = None);
+            }
+        }
+    }
+
+    fn merge_full(&mut self, key: u64, record: &Record, sink: &mut impl FnMut(&Change<'_>)) {
+        let before = self.full.change(key, |full| {
+            full.missed = false;
+            let dumped = full.guess.is_none().then(|| Dumped::of(record));
+            if record.state == full.socket.state {
+                full.dumped = dumped;
+            }
+            if newer(full.event_ns, record) {
                 return None;
             }
-            self.corrections.count(Correction::Found);
-            return Some(self.found(record, sink));
+            let before = Place::of(&full.socket);
+            if full.guess.is_none() {
+                learn(&mut full.socket, record);
+            }
+            if record.state == before.state {
+                return None;
+            }
+            full.socket.state = record.state;
+            full.socket.established |= was_established(record.state);
+            full.dumped = dumped;
+            full.stay = Stay {
+                since_ns: record.read_ns.1,
+                seen: false,
+            };
+            Some(before)
+        });
+        let (Some(before), Some(full)) = (before.flatten(), self.full.get(key)) else {
+            return;
         };
-        let full = self.full.get_mut(&key)?;
-        full.missed = false;
-        if record.state == full.socket.state {
-            full.dumped = Some(dumped(record));
-        }
-        if newer(full.event_ns) {
-            return Some(key);
-        }
-        let before = Place::of(&full.socket);
-        if self.identity != Identity::AddressWithoutNetns {
-            learn(&mut full.socket, record);
-        }
-        if record.state == before.state {
-            return Some(key);
-        }
         self.corrections.count(Correction::State);
-        if before.state == TcpState::LISTEN {
-            self.listeners.remove(key, &full.socket);
-        }
-        full.socket.state = record.state;
-        full.socket.established |= was_established(record.state);
-        full.dumped = Some(dumped(record));
-        full.stay = Stay {
-            since_ns: record.read_ns.1,
-            seen: false,
-        };
-        if record.state == TcpState::LISTEN {
-            self.listeners.insert(key, &full.socket);
-        }
         sink(&Change {
             time_ns: record.read_ns.1,
             socket: &full.socket,
@@ -160,31 +187,33 @@ impl Table {
             before: Some(before),
             after: Some(Place::of(&full.socket)),
         });
-        Some(key)
     }
 
     /// Takes in a full socket that no event has shown.
-    fn found(&mut self, record: &Record, sink: &mut impl FnMut(&Change<'_>)) -> u64 {
-        let id = self.new_id((self.identity == Identity::Cookie).then_some(record.cookie));
-        let socket = found_socket(record, id);
+    fn found(
+        &mut self,
+        record: &Record,
+        joins: &mut Joins,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> u64 {
+        let id = self.new_id(Some(record.cookie));
+        let mut socket = found_socket(record, id);
         let key = match self.identity {
             Identity::Cookie => record.cookie,
-            Identity::Address | Identity::AddressWithoutNetns => {
-                let key = self.own_key();
-                self.adopted.insert(self.tuple(&socket), key);
-                key
-            }
+            Identity::Address | Identity::AddressWithoutNetns => self.own_key(),
         };
+        own_by(&mut socket, self.owners.accepted_early(key, 0));
         sink(&found_change(record, &socket));
-        if record.state == TcpState::LISTEN {
-            self.listeners.insert(key, &socket);
-        }
         let stay = Stay {
             since_ns: record.read_ns.1,
             seen: false,
         };
         let mut full = Full::new(socket, stay, 0);
-        full.dumped = Some(dumped(record));
+        full.dumped = Some(Dumped::of(record));
+        if self.identity == Identity::AddressWithoutNetns {
+            full.guess = full.socket.cookie.take();
+            joins.guessed.push(key);
+        }
         self.full.insert(key, full);
         key
     }
@@ -192,30 +221,57 @@ impl Table {
     /// Turns a full socket whose end was lost into a minisocket in the same state, and gives its key; what the dump
     /// shows moves it on.
     fn demote(&mut self, key: u64) -> Option<u64> {
-        let Full { socket, stay, .. } = self.full.remove(&key)?;
+        let Full { socket, stay, .. } = self.full.remove(key)?;
         self.corrections.count(Correction::State);
-        if socket.state == TcpState::LISTEN {
-            self.listeners.remove(key, &socket);
-        }
         self.generations.closed(socket.id);
-        let key = match socket.cookie {
-            Some(cookie) if !self.mini.contains_key(&cookie) => cookie,
-            _ => self.own_key(),
-        };
-        self.insert_mini(
-            key,
-            Mini {
-                socket,
-                stay,
-                expires_ns: None,
-                missed: false,
-                event_ns: 0,
-            },
-        );
-        Some(key)
+        Some(self.insert_mini(Mini {
+            socket,
+            stay,
+            expires_ns: None,
+            missed: false,
+            event_ns: 0,
+        }))
     }
 
-    /// Gives the key of the table's entry for a minisocket: there is one now.
+    /// Gives the key of the table's entry for a minisocket, if there is one now.
+    fn mini_record(
+        &mut self,
+        record: &Record,
+        joins: &mut Joins,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> Option<u64> {
+        let ends = self.record_ends(record);
+        let full = self.full.with_cookie(record.cookie);
+        let full = full.or_else(|| Some(self.full.nameless(ends).next()?.0));
+        if record.state == TcpState::NEW_SYN_RECV {
+            // Its child has come since.
+            if full.is_some()
+                || joins.closed.has_cookie_of(record)
+                || joins.closed.has_ends_of(record, ends)
+            {
+                return None;
+            }
+        } else if let Some(key) = full
+            && self.full.get(key).is_some_and(|full| {
+                let ends = (full.socket.local, full.socket.remote);
+                !newer(full.event_ns, record) && ends == (record.local, record.remote)
+            })
+        {
+            // Its →CLOSE was lost: what the table holds as full is this minisocket.
+            let key = self.demote(key)?;
+            return Some(self.merge_mini(record, Some(key), sink));
+        }
+        if joins.closed.has_timewait_of(record) {
+            return None;
+        }
+        let known = joins.minis.get(&record.cookie).copied().or_else(|| {
+            let key = *self.timewait.get(&ends)?;
+            self.mini.get(&key)?.socket.cookie.is_none().then_some(key)
+        });
+        Some(self.merge_mini(record, known, sink))
+    }
+
+    /// Gives the key of the table's entry: there is one now.
     fn merge_mini(
         &mut self,
         record: &Record,
@@ -228,46 +284,21 @@ impl Table {
         if let Some((key, mini)) = known.and_then(|key| Some((key, self.mini.get_mut(&key)?))) {
             mini.missed = false;
             mini.expires_ns = expires_ns;
-            let before = Place::of(&mini.socket);
-            if before.state == record.state {
+            if self.identity == Identity::Address {
+                mini.socket.cookie = Some(record.cookie);
+            }
+            if mini.socket.state == record.state {
                 return key;
             }
-            // An orphan got its peer's FIN; or an event's hint was wrong, and the dump is right.
-            mini.socket.state = record.state;
-            let entered_ns = entered_time_wait(record, expires_ns).unwrap_or(record.read_ns.1);
-            let ends = record.state == TcpState::TIME_WAIT;
-            mini.stay = Stay {
-                since_ns: entered_ns,
-                seen: false,
-            };
-            sink(&Change {
-                time_ns: entered_ns,
-                socket: &mini.socket,
-                kernel: None,
-                shown: Some((before.state, record.state)),
-                dwell: Dwell::None,
-                evidence: Evidence::Snapshot,
-                end: ends.then(|| mini_end(before.state)),
-                before: Some(before),
-                after: Some(Place::of(&mini.socket)),
-            });
-            return key;
+            if let Some(mini) = self.remove_mini(key) {
+                return self.move_mini(mini, record, sink);
+            }
         }
-        let free = self.identity == Identity::Cookie && !self.full.contains_key(&record.cookie);
+        let free = self.full.with_cookie(record.cookie).is_none();
         let id = self.new_id(free.then_some(record.cookie));
         let socket = found_socket(record, id);
-        let key = match self.identity {
-            Identity::Cookie => record.cookie,
-            Identity::Address | Identity::AddressWithoutNetns => {
-                let key = self.own_key();
-                if record.state == TcpState::NEW_SYN_RECV {
-                    self.adopted.insert(self.tuple(&socket), key);
-                }
-                key
-            }
-        };
         sink(&found_change(record, &socket));
-        let mini = Mini {
+        self.insert_mini(Mini {
             socket,
             stay: Stay {
                 since_ns: entered_time_wait(record, expires_ns).unwrap_or(record.read_ns.1),
@@ -276,9 +307,36 @@ impl Table {
             expires_ns,
             missed: false,
             event_ns: 0,
+        })
+    }
+
+    /// An orphan got its peer's FIN; or an event's hint was wrong, and the dump is right.
+    fn move_mini(
+        &mut self,
+        mut mini: Mini,
+        record: &Record,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> u64 {
+        let before = Place::of(&mini.socket);
+        mini.socket.state = record.state;
+        let entered_ns = entered_time_wait(record, mini.expires_ns).unwrap_or(record.read_ns.1);
+        let ends = record.state == TcpState::TIME_WAIT;
+        mini.stay = Stay {
+            since_ns: entered_ns,
+            seen: false,
         };
-        self.insert_mini(key, mini);
-        key
+        sink(&Change {
+            time_ns: entered_ns,
+            socket: &mini.socket,
+            kernel: None,
+            shown: Some((before.state, record.state)),
+            dwell: Dwell::None,
+            evidence: Evidence::Snapshot,
+            end: ends.then(|| mini_end(before.state)),
+            before: Some(before),
+            after: Some(Place::of(&mini.socket)),
+        });
+        self.insert_mini(mini)
     }
 
     /// Full sockets that the dump should have shown; tells whether there was one that no dump had lacked before.
@@ -288,23 +346,15 @@ impl Table {
         seen: &FxHashSet<u64>,
         sink: &mut impl FnMut(&Change<'_>),
     ) -> bool {
-        let mut gone = Vec::new();
-        let mut doubtful = false;
-        for (&key, full) in &mut self.full {
-            // A namespace that no dump has listed may live where none can find it, and its events come.
-            let known = |netns| self.listed.contains(&netns);
-            let due = covers(snapshot, &full.socket, known)
-                && full.event_ns.saturating_add(STORE_NS) < snapshot.started_ns;
-            if due && !seen.contains(&key) {
-                if std::mem::replace(&mut full.missed, true) {
-                    gone.push(key);
-                } else {
-                    doubtful = true;
-                }
-            }
-        }
+        // A namespace that no dump has listed may live where none can find it, and its events come.
+        let known = |netns| self.listed.contains(&netns);
+        let (gone, doubtful) = self.full.miss(|key, full| {
+            covers(snapshot, &full.socket, known)
+                && full.event_ns.saturating_add(STORE_NS) < snapshot.started_ns
+                && !seen.contains(&key)
+        });
         for key in gone {
-            let Some(Full { mut socket, .. }) = self.full.remove(&key) else {
+            let Some(Full { mut socket, .. }) = self.full.remove(key) else {
                 continue;
             };
             // With its namespace a socket goes without an event.
@@ -314,10 +364,6 @@ impl Table {
             {
                 self.corrections.count(Correction::Gone);
             }
-            if socket.state == TcpState::LISTEN {
-                self.listeners.remove(key, &socket);
-            }
-            self.adopted.remove(&self.tuple(&socket));
             self.generations.closed(socket.id);
             let before = Place::of(&socket);
             socket.state = TcpState::CLOSE;
@@ -361,7 +407,6 @@ impl Table {
             else {
                 continue;
             };
-            self.adopted.remove(&self.tuple(&socket));
             let before = Place::of(&socket);
             socket.state = TcpState::CLOSE;
             let found_ns = snapshot.finished_ns;
@@ -376,17 +421,9 @@ impl Table {
     }
 }
 
-struct Index {
-    full: FxHashMap<DumpKey, u64>,
-    mini: FxHashMap<DumpKey, u64>,
-}
-
-fn dumped(record: &Record) -> Dumped {
-    Dumped {
-        recv_queue: record.recv_queue,
-        send_queue: record.send_queue,
-        has_file: record.inode != 0,
-    }
+/// Whether an event, or the store of its state, may have come after the record was read.
+pub(super) const fn newer(event_ns: u64, record: &Record) -> bool {
+    event_ns.saturating_add(STORE_NS) >= record.read_ns.0
 }
 
 /// A timewait socket or a request: their records have a timer of their own kind.

@@ -2,7 +2,8 @@
 
 use tcpstate_common::TcpState;
 
-use super::{Dumped, Place, Socket, Stay, Table};
+use super::full::Dumped;
+use super::{Place, Socket, Stay, Table};
 use crate::model::Listed;
 
 impl Table {

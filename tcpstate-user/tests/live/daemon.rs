@@ -1,11 +1,12 @@
 //! The daemon against the running kernel: what it counts, what it leaves behind, what it says when it can't work.
 
 use std::collections::BTreeMap;
+use std::ffi::CStr;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -20,9 +21,9 @@ use crate::sockets::Tcp;
 use crate::sys;
 use crate::tracer::product;
 
-const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
+pub const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
 
-/// A daemon in the calling thread's network namespace, which sees only that.
+/// A daemon in the calling thread's network namespace.
 pub struct Daemon {
     child: Child,
     pub socket: PathBuf,
@@ -30,11 +31,16 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// Which sees only its own namespace.
     pub fn start(arguments: &[&str]) -> Self {
+        Self::tracing("self", arguments)
+    }
+
+    pub fn tracing(netns: &str, arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let socket = folder.path().join("socket");
         let mut child = Command::new(product())
-            .args(["daemon", "--netns", "self", "--socket"])
+            .args(["daemon", "--netns", netns, "--socket"])
             .arg(&socket)
             .args(["--web.listen-address", "127.0.0.1:10975"])
             .args(arguments)
@@ -70,6 +76,14 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
+    /// The lines of `/v1/events` from now on, after a head.
+    pub fn events(&self) -> UnixStream {
+        let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
+        let request = "GET /v1/events HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        write!(connection, "{request}").expect("sent");
+        connection
+    }
+
     pub fn metrics(&self) -> Metrics {
         let (status, page) = self.get("/metrics");
         assert_eq!(status, 200, "{page}");
@@ -94,7 +108,7 @@ impl Drop for Daemon {
     }
 }
 
-pub struct Metrics(BTreeMap<String, f64>);
+pub struct Metrics(pub BTreeMap<String, f64>);
 
 impl Metrics {
     pub fn get(&self, series: &str) -> f64 {
@@ -106,13 +120,13 @@ impl Metrics {
     }
 
     /// Over all series of the metric.
-    fn sum(&self, metric: &str) -> f64 {
+    pub fn sum(&self, metric: &str) -> f64 {
         let of_it = |name: &&String| name.split('{').next() == Some(metric);
         let names = self.0.keys().filter(of_it);
         names.map(|name| self.0[name]).sum()
     }
 
-    fn state(&self, state: &str) -> f64 {
+    pub fn state(&self, state: &str) -> f64 {
         self.get(&format!("tcpstate_sockets{{state=\"{state}\"}}"))
     }
 }
@@ -126,7 +140,7 @@ pub fn in_namespace(test: impl FnOnce(u32) + Send + 'static) {
 }
 
 /// How many connections were opened and reset, by one thread as fast as it can.
-fn storm(time: Duration) -> u64 {
+pub fn storm(time: Duration) -> u64 {
     let mut cpu = CpuSet::new();
     cpu.set(rustix::thread::sched_getcpu());
     sched_setaffinity(None, &cpu).expect("pinned");
@@ -255,6 +269,57 @@ fn the_gauges_hold_under_churn() {
     });
 }
 
+/// Listeners that share a port, and connects that nobody answers: by their ends they can't be told from each other. Some
+/// were there before the daemon.
+pub fn sockets_that_are_alike(arguments: &'static [&'static str]) {
+    in_namespace(move |_| {
+        let shared = Tcp::sharing(SocketAddr::new(LOOPBACK, 0));
+        let full = Tcp::listening(LOOPBACK, 0);
+        let connected = Tcp::connected(full.local());
+        let connecting = || {
+            let socket = Tcp::new(LOOPBACK);
+            socket.begin_connect(full.local());
+            socket
+        };
+        let mut listeners = vec![shared];
+        let mut connects = vec![connecting()];
+        let every_second = ["--reconcile-interval", "1s"];
+        let daemon = Daemon::start(&[&every_second, arguments].concat());
+        for _ in 0..2 {
+            listeners.push(Tcp::sharing(listeners[0].local()));
+            connects.push(connecting());
+        }
+        let right = |listeners: usize, connects: usize| {
+            // The full one and the daemon's own listen too.
+            let expected = [listeners as f64 + 2.0, connects as f64, 2.0];
+            assert_eq!(["0A", "02", "01"].map(proc_count), expected);
+            let states = ["listen", "syn_sent", "established"];
+            until(&format!("the gauges are {expected:?}"), || {
+                let metrics = daemon.metrics();
+                states.map(|state| metrics.state(state)) == expected
+            });
+            // Two more dumps change nothing.
+            thread::sleep(Duration::from_millis(2500));
+            let metrics = daemon.metrics();
+            assert_eq!(states.map(|state| metrics.state(state)), expected);
+            assert_eq!(metrics.sum("tcpstate_corrections_total"), 0.0);
+        };
+        right(3, 3);
+        // Of each kind one that the daemon found, and one whose beginning it saw.
+        for _ in 0..2 {
+            drop(listeners.remove(0));
+            drop(connects.remove(0));
+            right(listeners.len(), connects.len());
+        }
+        drop(connected);
+    });
+}
+
+#[test]
+fn sockets_that_are_alike_are_counted_without_cookies() {
+    sockets_that_are_alike(&["--attach", "tp_btf_no_cookie"]);
+}
+
 /// The daemon starts after them: it must find them all, and follow them from there.
 #[test]
 fn the_gauges_start_right_and_stay_so() {
@@ -299,8 +364,54 @@ fn the_gauges_start_right_and_stay_so() {
     });
 }
 
+/// A process that renames itself while it holds sockets.
+#[test]
+fn the_next_dump_finds_the_name_that_an_owner_has_now() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&["--reconcile-interval", "200ms"]);
+        let (wait, go) = sys::pipe().expect("a pipe");
+        let rename = |name: &CStr| {
+            // SAFETY: the kernel reads a name that lives through the call.
+            unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+        };
+        let _process = sys::Fork::new(&[wait.as_fd()], || {
+            rename(c"the old name");
+            let listener = Tcp::listening(LOOPBACK, 1);
+            let client = Tcp::connected(listener.local());
+            let server = listener.accept();
+            // One end comes to be in CLOSE_WAIT, the other in FIN_WAIT2.
+            client.shutdown(rustix::net::Shutdown::Write);
+            server.peek();
+            let _ = rustix::io::read(&wait, &mut [0]);
+            rename(c"the new name");
+            loop {
+                // SAFETY: waits for a signal.
+                unsafe { libc::pause() };
+            }
+        });
+        let states = ["listen", "close_wait", "fin_wait2"];
+        let sockets = |comm: &str| {
+            let metrics = daemon.metrics();
+            states.map(|state| {
+                let labels = format!("{{comm=\"{comm}\",state=\"{state}\"}}");
+                let series = format!("tcpstate_process_sockets{labels}");
+                metrics.0.get(&series).copied()
+            })
+        };
+        let [all, none] = [[Some(1.0); 3], [Some(0.0); 3]];
+        until("they count by the old name", || {
+            sockets("the old name") == all
+        });
+        rustix::io::write(&go, b"!").expect("it waits");
+        until("they count by the new name", || {
+            sockets("the new name") == all
+        });
+        assert_eq!(sockets("the old name"), none);
+    });
+}
+
 /// Programs and maps that the process holds, as `kind:id`.
-fn bpf_objects(pid: u32) -> Vec<String> {
+pub fn bpf_objects(pid: u32) -> Vec<String> {
     let folder = format!("/proc/{pid}/fdinfo");
     let entries = fs::read_dir(folder).expect("the process lives");
     let infos = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
@@ -318,7 +429,7 @@ fn bpf_objects(pid: u32) -> Vec<String> {
 }
 
 /// Whether the kernel still has the object.
-fn is_there(object: &str) -> bool {
+pub fn is_there(object: &str) -> bool {
     #[repr(C)]
     struct Attr {
         id: u32,
@@ -434,7 +545,7 @@ fn a_line_comes_within_a_tenth_of_a_second() {
 }
 
 /// What the product says on stderr, and its status.
-fn refused(command: &mut Command) -> (i32, String) {
+pub fn refused(command: &mut Command) -> (i32, String) {
     let output = command
         .stdin(Stdio::null())
         .output()
@@ -485,26 +596,6 @@ fn what_is_taken_is_said() {
         assert_eq!(daemon.get("/-/healthy").0, 200);
         second.kill().expect("it lives");
         second.wait().expect("it ends");
-    });
-}
-
-#[test]
-fn who_may_not_trace_is_told_what_is_missing() {
-    in_namespace(|_| {
-        let nobody = |arguments: &[&str]| {
-            let mut command = Command::new(product());
-            command.args(arguments).uid(65534).gid(65534);
-            refused(&mut command)
-        };
-        let (status, said) = nobody(&["watch", "--direct", "--netns", "self"]);
-        assert_eq!((status, said.lines().count()), (1, 1), "{said}");
-        assert!(said.contains("CAP_BPF"), "{said}");
-        let (status, said) = nobody(&["watch", "--direct"]);
-        assert_eq!((status, said.lines().count()), (1, 1), "{said}");
-        assert!(said.contains("CAP_"), "{said}");
-        let (status, said) = nobody(&["watch", "--direct", "--netns", "1"]);
-        assert_eq!((status, said.lines().count()), (1, 1), "{said}");
-        assert!(said.contains("no network namespace 1"), "{said}");
     });
 }
 

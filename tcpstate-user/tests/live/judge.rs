@@ -244,7 +244,8 @@ fn identity(
                 })
             })
         } else {
-            line["cookie"].is_null()
+            // It has one where something had the kernel make it.
+            (line["cookie"].is_null() || cookie.is_some_and(|cookie| cookie.parse::<u64>().is_ok()))
                 && id
                     .strip_prefix('~')
                     .is_some_and(|number| number.parse::<u64>().is_ok())
@@ -321,10 +322,14 @@ fn fields(
                 must_be(field, value.unwrap_or(Value::Null));
             }
         }
-        must_be("pid", expected.pid.map_or(Value::Null, Value::from));
+        let inherited = line["owner_source"] == "sweep"
+            && expected.heir.is_some_and(|heir| line["pid"] == heir);
+        let pid = expected.heir.filter(|_| inherited).or(expected.pid);
+        must_be("pid", pid.map_or(Value::Null, Value::from));
         // A process that closes a connection held it, whoever accepted it.
         closing |= ["FIN_WAIT1", "LAST_ACK"].contains(&text(line, "to"));
         let sources = match expected.owner_source {
+            _ if inherited => &["sweep"][..],
             // Who accepted it is seen at once, by a sweep, or when it closes: as the kernel and the time allow.
             "listener" if closing => &["accept", "sweep", "closer"][..],
             "listener" => &["listener", "accept", "sweep"],
@@ -333,7 +338,7 @@ fn fields(
         if context.reads_kernel() || !line["comm"].is_null() {
             must_be(
                 "comm",
-                expected.pid.map_or(Value::Null, |pid| {
+                pid.map_or(Value::Null, |pid| {
                     // A process that is gone can't be asked any more.
                     comm(pid).map_or(line["comm"].clone(), Value::from)
                 }),

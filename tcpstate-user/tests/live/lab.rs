@@ -43,6 +43,8 @@ pub struct Expected {
     pub role: Option<&'static str>,
     pub owner_source: &'static str,
     pub pid: Option<u32>,
+    /// Who holds it besides; a sweep may come at any time.
+    pub heir: Option<u32>,
     pub end: Option<&'static str>,
     /// Bounds of the last dwell that is told, by the test's own clock.
     pub dwell: Option<(Duration, Duration)>,
@@ -57,6 +59,11 @@ impl Expected {
 
     pub fn pid(mut self, pid: u32) -> Self {
         self.pid = Some(pid);
+        self
+    }
+
+    pub fn heir(mut self, pid: u32) -> Self {
+        self.heir = Some(pid);
         self
     }
 
@@ -75,6 +82,7 @@ fn expected(who: &'static str, states: &'static str) -> Expected {
         role: None,
         owner_source: "listen",
         pid: Some(std::process::id()),
+        heir: None,
         end: None,
         dwell: None,
     }

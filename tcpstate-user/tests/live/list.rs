@@ -291,7 +291,7 @@ fn who_is_in_the_sockets_group_needs_no_privileges() {
         let said = String::from_utf8_lossy(&stranger.stderr);
         assert_eq!(stranger.status.code(), Some(1));
         assert!(
-            said.starts_with("error: permission denied on the socket "),
+            said.starts_with("tcpstate: error: permission denied on the socket "),
             "{said}"
         );
         assert_eq!((stranger.stdout.len(), said.lines().count()), (0, 1));

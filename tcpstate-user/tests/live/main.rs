@@ -6,14 +6,21 @@
 //! what cargo built. Needs root; a test that can't run fails and says what it needs.
 
 mod attach;
+mod attribution;
+mod check;
 mod daemon;
 mod judge;
 mod lab;
 mod list;
+mod netns;
+mod owners;
 mod record;
 mod scenarios;
 mod six;
 mod sockets;
+mod sweep;
 mod sys;
+mod timewait;
 mod tracer;
 mod vm;
+mod watch;

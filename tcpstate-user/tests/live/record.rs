@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::fs;
 
 use tcpstate_common::{Event, SetState, TcpState};
-use tcpstate_user::kernel::{Netns, Options, Session};
+use tcpstate_user::kernel::{Netns, Options, RingSize, Session};
 use zerocopy::IntoBytes as _;
 
 use crate::lab::{Attach, Lab, until};
@@ -19,7 +19,7 @@ pub fn six_sequences() {
     Lab::run(Attach::Best, |lab| {
         let options = Options {
             netns: Netns::Inode(lab.inode),
-            ring_size: 1 << 20,
+            ring_size: RingSize::default(),
             path: None,
         };
         let mut session = Session::start(&options).expect("a second program on the tracepoint");

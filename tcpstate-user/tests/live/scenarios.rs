@@ -311,12 +311,13 @@ fn two_holders(lab: &mut Lab) {
         lab.wait_for(near, "CLOSE");
         lab.expect([
             listener(far, "CLOSE LISTEN"),
-            // The owner stays the one that connected.
+            // The owner is the one that connected, until a sweep finds that only the other holds it.
             client(
                 near,
                 far,
                 "CLOSE SYN_SENT ESTABLISHED FIN_WAIT1 FIN_WAIT2 CLOSE",
-            ),
+            )
+            .heir(holder.pid),
             child(far, near, "LISTEN SYN_RECV ESTABLISHED CLOSE_WAIT"),
         ]);
         lab.keep((pair.listener, pair.server, holder));

@@ -47,6 +47,15 @@ impl Tcp {
         socket
     }
 
+    /// With whoever else listens there by SO_REUSEPORT.
+    pub fn sharing(at: SocketAddr) -> Self {
+        let socket = Self::new(at.ip());
+        sockopt::set_socket_reuseport(&socket.fd, true).expect("SO_REUSEPORT");
+        rustix::net::bind(&socket.fd, &at).expect("bind");
+        rustix::net::listen(&socket.fd, 8).expect("listen");
+        socket
+    }
+
     pub fn connected(to: SocketAddr) -> Self {
         let socket = Self::new(to.ip());
         socket.connect(to).expect("connect");

@@ -1,16 +1,19 @@
 //! What the tests do to the kernel with its own system calls, so that they run from an initramfs that has no
 //! other program: network namespaces, interfaces, sysctls, mounts, ending sockets.
 
+use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
+use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// Moves the calling thread into a network namespace of its own, with loopback up, and gives its inode.
@@ -25,12 +28,22 @@ pub fn new_namespace() -> io::Result<u32> {
     Ok(rustix::fs::stat("/proc/thread-self/ns/net")?.st_ino as u32)
 }
 
-/// Moves the calling thread into a mount namespace of its own that has tracefs.
-pub fn mount_tracefs() -> io::Result<()> {
+/// Moves the calling thread into a mount namespace of its own.
+pub fn own_mounts() -> io::Result<()> {
     // SAFETY: this thread gets its own idea of the root and current folders; it changes neither.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    mount_change("/", private)?;
+    Ok(mount_change("/", private)?)
+}
+
+/// Puts an empty folder with that mode in the place of the folder; in a mount namespace of one's own.
+pub fn hide(folder: &str, mode: &CStr) -> io::Result<()> {
+    Ok(mount("tmpfs", folder, "tmpfs", MountFlags::empty(), mode)?)
+}
+
+/// Moves the calling thread into a mount namespace of its own that has tracefs.
+pub fn mount_tracefs() -> io::Result<()> {
+    own_mounts()?;
     let target = "/sys/kernel/tracing";
     mount("tracefs", target, "tracefs", MountFlags::empty(), None)?;
     Ok(())
@@ -343,12 +356,21 @@ impl Fork {
                     first = fd + 1;
                 }
                 close_range(first, u32::MAX);
-                work();
+                // What fails here must not go on as a copy of the test.
+                let worked = catch_unwind(AssertUnwindSafe(work));
                 // SAFETY: ends the process at once.
-                unsafe { libc::_exit(0) }
+                unsafe { libc::_exit(worked.is_err().into()) }
             }
             pid => Ok(Self { pid: pid as u32 }),
         }
+    }
+
+    /// How it ended; `None` while it lives.
+    pub fn ended(&self) -> Option<WaitIdStatus> {
+        let pid = Pid::from_raw(self.pid as i32).expect("a child's pid");
+        // It is waited for when it is dropped.
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        waitid(WaitId::Pid(pid), look).expect("our child")
     }
 }
 

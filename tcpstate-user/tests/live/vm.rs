@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{record, six};
+use crate::{attribution, check, daemon, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -16,4 +16,24 @@ fn six_sequences() {
 #[test]
 fn every_event_arrives() {
     record::six_sequences();
+}
+
+#[test]
+fn check_tells_what_this_kernel_has() {
+    check::features_of_this_kernel();
+}
+
+#[test]
+fn sockets_that_are_alike_are_counted() {
+    daemon::sockets_that_are_alike(&[]);
+}
+
+#[test]
+fn what_follows_a_close_is_told() {
+    timewait::is_followed();
+}
+
+#[test]
+fn attribution_of_a_prefork_servers_connections() {
+    attribution::prefork_server();
 }

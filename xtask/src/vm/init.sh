@@ -13,7 +13,7 @@ for module in /modules/*.ko; do
     insmod "$module" || echo "vm: can't load $module"
 done
 echo "vm: kernel $(uname -r)"
-export TCPSTATE_RECORD=/tmp/events
+export TCPSTATE_RECORD=/tmp/events TCPSTATE_CONNECTIONS=2000
 TCPSTATE_BIN=/bin/tcpstate /bin/live --test-threads=1 "$(cat /filter)" 2>&1
 echo "vm: status $?"
 [ -f /tmp/events ] && sed "s/^/vm: event /" /tmp/events

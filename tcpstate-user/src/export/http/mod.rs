@@ -5,6 +5,7 @@
 
 mod landing;
 mod lines;
+mod places;
 mod serve;
 mod unix;
 
@@ -79,22 +80,33 @@ impl IntoResponse for Refusal {
 
 /// What TCP serves.
 fn public<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
+    with_refusals(public_paths(telemetry_path)).with_state(backend)
+}
+
+/// What the Unix socket serves.
+fn local<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
+    let paths = public_paths(telemetry_path)
+        .route("/v1/events", get(events::<B>))
+        .route("/v1/sockets", get(sockets::<B>));
+    with_refusals(paths).with_state(backend)
+}
+
+fn public_paths<B: Backend>(telemetry_path: &str) -> Router<Arc<B>> {
     let landing = Html(landing::page(telemetry_path));
     Router::new()
         .route(telemetry_path, get(metrics::<B>))
         .route("/", get(async || landing))
         .route("/-/healthy", get(async || "healthy\n"))
         .route("/-/ready", get(ready::<B>))
-        .with_state(backend)
 }
 
-/// What the Unix socket serves.
-fn local<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
-    let events = Router::new()
-        .route("/v1/events", get(events::<B>))
-        .route("/v1/sockets", get(sockets::<B>))
-        .with_state(Arc::clone(&backend));
-    public(backend, telemetry_path).merge(events)
+/// What can't be asked for is answered with a line too.
+fn with_refusals<B: Backend>(paths: Router<Arc<B>>) -> Router<Arc<B>> {
+    let no_path = "no such path; / shows what there is\n";
+    let no_method = "only GET and HEAD are answered\n";
+    paths
+        .fallback(async move || (StatusCode::NOT_FOUND, no_path))
+        .method_not_allowed_fallback(async move || (StatusCode::METHOD_NOT_ALLOWED, no_method))
 }
 
 async fn metrics<B: Backend>(State(backend): State<Arc<B>>) -> Result<Response, Refusal> {

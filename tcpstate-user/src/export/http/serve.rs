@@ -10,19 +10,21 @@ use std::time::Duration;
 use axum::Router;
 use axum::serve::Listener;
 use hyper::server::conn::http1;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_io_timeout::TimeoutStream;
 
+use super::places::{Place, Places};
 use super::{Backend, UnixSocket, local, public};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at a time: over all TCP addresses, and as many on the Unix socket, so that neither can shut out
-    /// the other. Further ones wait in the kernel's backlog.
+    /// the other. For a further one, the one gives way that has waited longest for its request.
     pub connections: usize,
     /// From when a request may begin to the end of its header; ends an idle connection too.
     pub header: Duration,
@@ -46,22 +48,26 @@ impl Default for Limits {
 /// Bytes that a connection may hold for a reader that is behind, beside the kernel's socket buffer.
 const WRITE_BUFFER: usize = 64 << 10;
 
+/// Connections that may wait to be taken: on TCP one that finds no room tries again after a second, on a Unix socket it
+/// is refused. The kernel takes `net.core.somaxconn` of it at most, which is as many.
+pub(super) const BACKLOG: u32 = 4096;
+
 pub struct Listeners {
     pub tcp: Vec<TcpListener>,
     pub unix: Option<UnixSocket>,
 }
 
-/// `[::]` takes IPv4 too; where the kernel has no IPv6, it is all of IPv4.
+/// `[::]` takes IPv4 too; where the kernel has no IPv6, it is all of IPv4. Must be called within a runtime.
 ///
 /// # Errors
 /// The address can't be had; the line names it and what would help.
-pub async fn bind_tcp(addr: SocketAddr) -> anyhow::Result<TcpListener> {
-    let bound = match TcpListener::bind(addr).await {
+pub fn bind_tcp(addr: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bound = match listen(addr) {
         Err(error)
             if addr.ip().is_unspecified()
                 && error.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) =>
         {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, addr.port())).await
+            listen((Ipv4Addr::UNSPECIFIED, addr.port()).into())
         }
         bound => bound,
     };
@@ -81,6 +87,18 @@ pub async fn bind_tcp(addr: SocketAddr) -> anyhow::Result<TcpListener> {
     })
 }
 
+fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if addr.is_ipv4() {
+        TcpSocket::new_v4()
+    } else {
+        TcpSocket::new_v6()
+    }?;
+    // As after any daemon's end some of its connections are in TIME_WAIT.
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
+}
+
 /// Serves until `shutdown`, then lets answers end within the limit. Streams end when the backend ends them.
 pub async fn serve<B: Backend>(
     listeners: Listeners,
@@ -92,14 +110,14 @@ pub async fn serve<B: Backend>(
     let (stop, stopped) = watch::channel(false);
     let mut accepting = JoinSet::new();
     let public = public(Arc::clone(&backend), telemetry_path);
-    let places = Arc::new(Semaphore::new(limits.connections));
+    let places = Places::new(limits.connections);
     for listener in listeners.tcp {
         let (router, places) = (public.clone(), Arc::clone(&places));
         accepting.spawn(accept(listener, router, places, limits, stopped.clone()));
     }
     let socket_file = listeners.unix.map(|socket| {
         let (listener, file) = socket.into_parts();
-        let places = Arc::new(Semaphore::new(limits.connections));
+        let places = Places::new(limits.connections);
         let router = local(backend, telemetry_path);
         accepting.spawn(accept(listener, router, places, limits, stopped));
         file
@@ -115,25 +133,21 @@ pub async fn serve<B: Backend>(
 async fn accept<L: Listener<Io: Unpin>>(
     mut listener: L,
     router: Router,
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     limits: Limits,
     stopped: watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (place, listener.accept().await)
+            let (io, _) = listener.accept().await;
+            (io, places.take().await)
         };
-        let (place, (io, _)) = tokio::select! {
+        let (io, place) = tokio::select! {
             accepted = accepted => accepted,
             () = stop(stopped.clone()) => break,
         };
-        let connection = converse(io, router.clone(), limits, stopped.clone());
-        connections.spawn(async move {
-            connection.await;
-            drop(place);
-        });
+        connections.spawn(converse(io, place, router.clone(), limits, stopped.clone()));
         while connections.try_join_next().is_some() {}
     }
     drop(listener);
@@ -148,20 +162,37 @@ async fn stop(mut stopped: watch::Receiver<bool>) {
     let _ = stopped.wait_for(|&stopped| stopped).await;
 }
 
-async fn converse<I>(io: I, router: Router, limits: Limits, stopped: watch::Receiver<bool>)
-where
+async fn converse<I>(
+    io: I,
+    place: Arc<Place>,
+    router: Router,
+    limits: Limits,
+    stopped: watch::Receiver<bool>,
+) where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
     let mut io = TimeoutStream::new(io);
     io.set_write_timeout(Some(limits.write));
+    let answered = Arc::clone(&place);
+    let router = TowerToHyperService::new(router);
+    let service = service_fn(move |request| {
+        let answering = answered.answers();
+        let answer = router.call(request);
+        async move {
+            answer
+                .await
+                .map(|answer| answer.map(|body| answering.with(body)))
+        }
+    });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header)
         .max_buf_size(WRITE_BUFFER)
-        .serve_connection(TokioIo::new(Box::pin(io)), TowerToHyperService::new(router));
+        .serve_connection(TokioIo::new(Box::pin(io)), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
+        () = place.left() => return,
         () = stop(stopped) => {
             connection.as_mut().graceful_shutdown();
             connection.await

@@ -1,6 +1,7 @@
 //! The server over real sockets, with the crate's own client and with clients that misbehave.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 use super::*;
@@ -104,7 +105,7 @@ impl Served {
     async fn new(limits: Limits) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("s");
-        let tcp = bind_tcp("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let tcp = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
         let addr = tcp.local_addr().unwrap();
         let listeners = Listeners {
             tcp: vec![tcp],
@@ -142,7 +143,7 @@ impl Served {
 
     async fn events(&self, query: &str) -> Result<Events, ConnectError> {
         let subscription = Subscription::from_query(query).unwrap();
-        Events::connect(&self.socket, &subscription).await
+        Events::connect(&self.socket, &subscription, SOON).await
     }
 }
 
@@ -177,11 +178,17 @@ async fn paths_answer_on_both_sockets_but_events_only_on_the_unix_one() {
     served.backend.ready.store(true, Ordering::Relaxed);
     assert_eq!(status(&served.get("/-/ready").await), "200");
 
-    assert_eq!(status(&served.get("/v1/events").await), "404");
-    assert_eq!(status(&served.get("/metrics/").await), "404");
-    assert_eq!(status(&served.get("/v1/sockets").await), "404");
+    for path in ["/v1/events", "/metrics/", "/v1/sockets"] {
+        let missing = served.get(path).await;
+        let line = "no such path; / shows what there is\n";
+        assert_eq!((status(&missing), body(&missing)), ("404", line), "{path}");
+    }
     let posted = ask(served.tcp().await, "POST", "/metrics").await;
-    assert_eq!(status(&posted), "405");
+    let line = "only GET and HEAD are answered\n";
+    assert_eq!((status(&posted), body(&posted)), ("405", line));
+    let local = UnixStream::connect(&served.socket).await.unwrap();
+    let posted = ask(local, "POST", "/v1/events").await;
+    assert_eq!((status(&posted), body(&posted)), ("405", line));
     let head = ask(served.tcp().await, "HEAD", "/metrics").await;
     assert_eq!((status(&head), body(&head)), ("200", ""));
 }
@@ -354,24 +361,118 @@ async fn a_request_that_comes_a_byte_at_a_time_is_cut_off() {
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_and_the_other_socket_goes_on() {
+async fn who_waits_longest_for_a_request_gives_way() {
     let limits = Limits {
         connections: 2,
-        header: Duration::from_millis(700),
+        header: Duration::from_secs(60),
         ..Limits::default()
     };
     let served = Served::new(limits).await;
-    let began = Instant::now();
-    let _idle = (served.tcp().await, served.tcp().await);
-    // Both are accepted before a third can be: the backlog is a queue.
-    let third = served.get("/metrics");
-    let local = served.get_local("/metrics");
-    assert_eq!(body(&local.await), "up 1\n");
-    let local_after = began.elapsed();
+    let request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+    // It came first, but has been answered since: the second waits longer.
+    let (mut answered, mut idle) = (served.tcp().await, served.tcp().await);
+    let mut answer = [0; 12];
+    answered.write_all(request).await.unwrap();
+    answered.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 200");
+    // The answer's end comes to be known behind its last byte.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(body(&served.get("/metrics").await), "up 1\n");
+    let ended = timeout(SOON, idle.read(&mut answer))
+        .await
+        .expect("cut off");
+    assert!(matches!(ended, Ok(0) | Err(_)));
+    answered.write_all(request).await.expect("it is open");
+    let mut rest = vec![0; 1024];
+    while !rest.ends_with(b"HTTP/1.1 200") {
+        rest.push(timeout(SOON, answered.read_u8()).await.unwrap().unwrap());
+    }
+}
+
+#[tokio::test]
+async fn who_is_being_answered_does_not_give_way() {
+    let limits = Limits {
+        connections: 2,
+        ..Limits::default()
+    };
+    let served = Served::new(limits).await;
+    let mut first = served.events("").await.unwrap();
+    let _second = served.events("").await.unwrap();
+    let mut third = pin!(served.get_local("/metrics"));
+    let early = timeout(Duration::from_millis(300), &mut third).await;
+    assert!(early.is_err(), "there is no place");
+    // The other socket has its own.
+    assert_eq!(body(&served.get("/metrics").await), "up 1\n");
+    assert!(first.next().await.unwrap().is_some());
+    // The connection of a stream that has ended waits for its next request.
+    drop(served.backend.take_reader());
     assert_eq!(body(&third.await), "up 1\n");
-    let third_after = began.elapsed();
-    assert!(third_after >= Duration::from_millis(650), "{third_after:?}");
-    assert!(local_after < third_after);
+}
+
+/// Clients that send a byte a second, and come again when they are dropped.
+fn besiege<I, F>(clients: usize, connect: impl Fn() -> F + Clone + Send + 'static) -> JoinSet<()>
+where
+    I: AsyncWrite + Unpin + Send,
+    F: Future<Output = std::io::Result<I>> + Send,
+{
+    let mut siege = JoinSet::new();
+    for _ in 0..clients {
+        let connect = connect.clone();
+        siege.spawn(async move {
+            loop {
+                if let Ok(mut io) = connect().await {
+                    while io.write_all(b"G").await.is_ok() {
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+        });
+    }
+    siege
+}
+
+/// The slowest of 50 scrapes.
+async fn slowest<F: Future<Output = String>>(scrape: impl Fn() -> F) -> Duration {
+    let mut slowest = Duration::ZERO;
+    for _ in 0..50 {
+        let began = Instant::now();
+        assert_eq!(body(&scrape().await), "up 1\n");
+        slowest = slowest.max(began.elapsed());
+        tokio::time::sleep(Duration::from_millis(40)).await;
+    }
+    slowest
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_that_ask_for_nothing_do_not_hold_up_a_scrape() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const CLIENTS: usize = 2000;
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    assert!(maximum.is_none_or(|most| most >= 4096), "needs 4096 files");
+    let limit = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    setrlimit(Resource::Nofile, limit).expect("up to the hard limit");
+
+    let served = Served::new(Limits::default()).await;
+    let addr = served.addr;
+    let siege = besiege(CLIENTS, move || TcpStream::connect(addr));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let tcp = slowest(|| served.get("/metrics")).await;
+    drop(siege);
+
+    let path = served.socket.clone();
+    let siege = besiege(CLIENTS, move || UnixStream::connect(path.clone()));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let unix = slowest(|| served.get_local("/metrics")).await;
+    drop(siege);
+    println!("under siege by {CLIENTS}: TCP {tcp:?}, Unix {unix:?}");
+    assert!(
+        tcp.max(unix) < Duration::from_secs(1),
+        "TCP {tcp:?}, Unix {unix:?}"
+    );
 }
 
 #[tokio::test]
@@ -412,7 +513,7 @@ async fn an_ended_stream_is_not_waited_for() {
 #[tokio::test]
 async fn a_port_that_is_taken_is_named() {
     let served = Served::new(Limits::default()).await;
-    let error = bind_tcp(served.addr).await.unwrap_err().to_string();
+    let error = bind_tcp(served.addr).unwrap_err().to_string();
     assert_eq!(
         error,
         format!(
@@ -428,7 +529,7 @@ async fn the_client_says_what_it_found() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("s");
     let all = Subscription::default();
-    let connect = || Events::connect(&path, &all);
+    let connect = || Events::connect(&path, &all, SOON);
     assert!(matches!(connect().await, Err(ConnectError::NotFound(_))));
 
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());

@@ -10,6 +10,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tokio::net::UnixListener;
 
+use super::serve::BACKLOG;
+
 /// Where the daemon serves, and its clients look, unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/tcpstate/tcpstate.sock";
 
@@ -17,7 +19,6 @@ pub const DEFAULT_SOCKET: &str = "/run/tcpstate/tcpstate.sock";
 const GROUP: &str = "tcpstate";
 const MODE: Mode = Mode::from_raw_mode(0o660);
 const DIR_MODE: u32 = 0o755;
-const BACKLOG: i32 = 128;
 
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
@@ -32,8 +33,23 @@ pub enum BindError {
     TooLong(PathBuf),
     #[error("no folder for the socket {}; create it, or choose another path with --socket", .0.display())]
     NoFolder(PathBuf),
-    #[error("can't serve the socket {}: {error}", .path.display())]
+    #[error(
+        "no right to make the socket {}: its folder must be writable; run as root, or choose another path with --socket",
+        .0.display()
+    )]
+    Denied(PathBuf),
+    #[error("can't serve the socket {}: {error}; another path can be chosen with --socket", .path.display())]
     Io { path: PathBuf, error: io::Error },
+}
+
+impl BindError {
+    fn of(path: &Path, error: io::Error) -> Self {
+        let path = path.to_owned();
+        match error.kind() {
+            io::ErrorKind::PermissionDenied => Self::Denied(path),
+            _ => Self::Io { path, error },
+        }
+    }
 }
 
 /// A bound socket; its file goes when this goes.
@@ -48,10 +64,7 @@ impl UnixSocket {
     /// # Errors
     /// The path is another's, or can't be used.
     pub fn bind(path: &Path) -> Result<Self, BindError> {
-        let failed = |error: io::Error| BindError::Io {
-            path: path.to_owned(),
-            error,
-        };
+        let failed = |error| BindError::of(path, error);
         let addr = SocketAddrUnix::new(path).map_err(|errno| match errno {
             Errno::NAMETOOLONG => BindError::TooLong(path.to_owned()),
             errno => failed(errno.into()),
@@ -78,7 +91,7 @@ impl UnixSocket {
         // Who may connect is settled before anyone can: nobody is accepted before listen.
         give_to_group(path);
         rustix::fs::chmod(path, MODE).map_err(|errno| failed(errno.into()))?;
-        rustix::net::listen(&socket, BACKLOG).map_err(|errno| failed(errno.into()))?;
+        rustix::net::listen(&socket, BACKLOG as i32).map_err(|errno| failed(errno.into()))?;
         let listener = UnixListener::from_std(socket.into()).map_err(failed)?;
         Ok(Self { listener, file })
     }
@@ -120,10 +133,7 @@ impl Drop for SocketFile {
 }
 
 fn remove_stale(path: &Path) -> Result<(), BindError> {
-    let failed = |error| BindError::Io {
-        path: path.to_owned(),
-        error,
-    };
+    let failed = |error| BindError::of(path, error);
     let file = match fs::symlink_metadata(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),

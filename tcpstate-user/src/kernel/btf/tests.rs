@@ -158,6 +158,126 @@ fn fields_are_found_through_anonymous_nested_and_renamed_types() {
     assert_eq!(offset(&bytes, "net", "ns.inum", 4), Ok(8));
 }
 
+enum Shape<'a> {
+    /// An array of bytes.
+    Bytes(u32),
+    Struct(&'a [(&'a str, Shape<'a>)]),
+}
+
+/// What is read of the kernel's structs.
+const READ: &[(&str, Shape<'_>)] = {
+    use Shape::{Bytes, Struct};
+    &[
+        (
+            "sock",
+            Struct(&[
+                (
+                    "__sk_common",
+                    Struct(&[
+                        ("skc_daddr", Bytes(4)),
+                        ("skc_rcv_saddr", Bytes(4)),
+                        ("skc_dport", Bytes(2)),
+                        ("skc_num", Bytes(2)),
+                        ("skc_family", Bytes(2)),
+                        ("skc_net", Struct(&[("net", Bytes(8))])),
+                        ("skc_v6_daddr", Bytes(16)),
+                        ("skc_v6_rcv_saddr", Bytes(16)),
+                        ("skc_cookie", Bytes(8)),
+                        ("skc_flags", Bytes(8)),
+                    ]),
+                ),
+                ("sk_err", Bytes(4)),
+                ("sk_uid", Bytes(4)),
+                ("sk_protocol", Bytes(2)),
+                ("sk_shutdown", Bytes(1)),
+            ]),
+        ),
+        (
+            "tcp_sock",
+            Struct(&[
+                (
+                    "inet_conn",
+                    Struct(&[("icsk_inet", Struct(&[("inet_sport", Bytes(2))]))]),
+                ),
+                ("linger2", Bytes(4)),
+            ]),
+        ),
+        ("net", Struct(&[("ns", Struct(&[("inum", Bytes(4))]))])),
+        ("socket", Struct(&[("sk", Bytes(8))])),
+        (
+            "inet_timewait_sock",
+            Struct(&[
+                (
+                    "__tw_common",
+                    Struct(&[
+                        ("skc_net", Struct(&[("net", Bytes(8))])),
+                        ("skc_cookie", Bytes(8)),
+                    ]),
+                ),
+                ("tw_substate", Bytes(1)),
+            ]),
+        ),
+        (
+            "task_struct",
+            Struct(&[
+                ("flags", Bytes(4)),
+                ("tgid", Bytes(4)),
+                ("group_leader", Bytes(8)),
+                ("comm", Bytes(16)),
+                ("start_boottime", Bytes(8)),
+            ]),
+        ),
+    ]
+};
+
+/// Adds the type, without fields of the names in `missing`; gives its id and size.
+fn add(blob: &mut Blob, name: &str, shape: &Shape<'_>, missing: &[&str]) -> (u32, u32) {
+    match shape {
+        Shape::Bytes(len) => {
+            let byte = blob.int("char", 1);
+            (blob.array(byte, byte, *len), *len)
+        }
+        Shape::Struct(fields) => {
+            let there = fields.iter().filter(|(name, _)| !missing.contains(name));
+            let mut size = 0;
+            let members: Vec<_> = there
+                .map(|(field, shape)| {
+                    let (id, len) = add(blob, "", shape, missing);
+                    size += len;
+                    (*field, id, (size - len) * 8, 0)
+                })
+                .collect();
+            (blob.record(kind::STRUCT, name, size, &members), size)
+        }
+    }
+}
+
+/// As of a kernel whose structs lack these fields.
+fn offsets_without(missing: &[&str]) -> Result<Offsets, String> {
+    let mut blob = Blob::default();
+    for (name, shape) in READ {
+        add(&mut blob, name, shape, missing);
+    }
+    let bytes = blob.bytes();
+    let found = Btf::parse(&bytes).and_then(|btf| offsets_in(&btf));
+    found.map_err(|error| error.to_string())
+}
+
+#[test]
+fn a_kernel_built_without_what_is_needed_is_told_the_option() {
+    let whole = offsets_without(&[]).unwrap();
+    assert_eq!((whole.sk_net, whole.sk_err, whole.tcp_linger2), (14, 70, 2));
+    let without = |missing: &[&str]| offsets_without(missing).unwrap_err();
+    let option = |option| format!("the kernel was built without {option}, which tcpstate needs");
+    assert_eq!(without(&["net"]), option("CONFIG_NET_NS"));
+    let v6 = ["skc_v6_daddr", "skc_v6_rcv_saddr"];
+    assert_eq!(without(&v6), option("CONFIG_IPV6"));
+    assert_eq!(
+        without(&["sk_err"]),
+        "the kernel's BTF has no field sock.sk_err"
+    );
+}
+
 #[test]
 fn what_cannot_be_loaded_is_refused_by_name() {
     let bytes = sock();

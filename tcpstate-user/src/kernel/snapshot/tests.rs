@@ -8,15 +8,17 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::Command;
+use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use rustc_hash::FxHashSet;
 use rustix::net::AddressFamily;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 use super::parse::{Message, Request, messages};
-use super::{boot_time_ns, open, receive, take};
+use super::{DumpError, PATIENCE, boot_time_ns, open, receive, take};
 use crate::kernel::netns;
 use crate::model::{Endpoint, Family, NetnsSelection, TcpState};
 use crate::table::{Record, StateMask};
@@ -186,7 +188,12 @@ fn oracle_end(text: &str) -> (IpAddr, u16) {
 fn agreed(inode: u32) -> Vec<Record> {
     let end = Instant::now() + Duration::from_secs(5);
     loop {
-        let snapshot = take(NetnsSelection::One(inode), StateMask::ALL).expect("a snapshot");
+        let snapshot = take(
+            NetnsSelection::One(inode),
+            StateMask::ALL,
+            FxHashSet::default(),
+        )
+        .expect("a snapshot");
         assert_eq!(snapshot.netns, [inode]);
         assert_eq!(snapshot.unreachable, []);
         let dumped: BTreeSet<Line> = snapshot.records.iter().map(line).collect();
@@ -309,7 +316,7 @@ fn a_half_open_request_is_not_a_full_syn_recv_socket() {
         // Asked for alone, each of the two kinds comes alone.
         let only = |state| {
             let mask = StateMask::of(&[state]);
-            take(NetnsSelection::One(inode), mask)
+            take(NetnsSelection::One(inode), mask, FxHashSet::default())
                 .expect("a snapshot")
                 .records
         };
@@ -324,7 +331,8 @@ fn a_mask_chooses_the_states() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let pair = accepted(&listener);
         let mask = StateMask::of(&[TcpState::LISTEN]);
-        let snapshot = take(NetnsSelection::One(inode), mask).expect("a snapshot");
+        let snapshot =
+            take(NetnsSelection::One(inode), mask, FxHashSet::default()).expect("a snapshot");
         assert_eq!(snapshot.states, mask);
         assert_eq!(
             states(&snapshot.records),
@@ -354,7 +362,8 @@ fn all_namespaces_are_entered_and_the_caller_stays_where_it_is() {
     let port = listener.local_addr().expect("bound").port();
 
     let home = netns::own().expect("/proc");
-    let snapshot = take(NetnsSelection::All, StateMask::ALL).expect("a snapshot");
+    let snapshot =
+        take(NetnsSelection::All, StateMask::ALL, FxHashSet::default()).expect("a snapshot");
     assert_eq!(netns::own().expect("/proc"), home);
     assert_ne!(home, inode);
     assert!(snapshot.netns.contains(&home) && snapshot.netns.contains(&inode));
@@ -387,9 +396,13 @@ fn a_namespace_that_may_not_be_entered_is_an_error_that_names_the_capability() {
     let message = thread::spawn(move || {
         let capability = caps::Capability::CAP_SYS_ADMIN;
         caps::drop(None, caps::CapSet::Effective, capability).expect("dropping is allowed");
-        take(NetnsSelection::One(inode), StateMask::ALL)
-            .expect_err("may not enter")
-            .to_string()
+        take(
+            NetnsSelection::One(inode),
+            StateMask::ALL,
+            FxHashSet::default(),
+        )
+        .expect_err("may not enter")
+        .to_string()
     });
     assert_eq!(
         message.join().expect("no panic"),
@@ -409,7 +422,7 @@ fn real_batch() -> Vec<u8> {
         set_up("lo").expect("loopback goes up");
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let pair = accepted(&listener);
-        let socket = open().expect("netlink");
+        let socket = open(PATIENCE).expect("netlink");
         let request = Request::new(AddressFamily::INET, StateMask::ALL);
         rustix::net::send(&socket, request.as_bytes(), rustix::net::SendFlags::empty())
             .expect("send");
@@ -459,4 +472,17 @@ fn damaged_answers_are_errors_or_other_records_and_never_a_panic() {
     proptest!(|(bytes in prop::collection::vec(any::<u8>(), 0..512))| {
         let _ = records(&bytes);
     });
+}
+
+/// Nothing was asked, so nothing comes.
+#[test]
+fn a_kernel_that_does_not_answer_is_not_waited_for() {
+    let (done, answered) = mpsc::channel();
+    thread::spawn(move || {
+        let socket = open(Duration::from_millis(20)).unwrap();
+        let _ = done.send(receive(&socket, &mut [0; 64]));
+    });
+    let answer = answered.recv_timeout(Duration::from_secs(10));
+    let answer = answer.expect("it ends by itself");
+    assert!(matches!(answer, Err(DumpError::NoAnswer)), "{answer:?}");
 }

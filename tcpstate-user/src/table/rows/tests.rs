@@ -29,7 +29,9 @@ fn apply(table: &mut Table, time_ms: u64, cookie: u16, from: TcpState, to: TcpSt
         flags: FLAG_SOCKET_READ,
         ..SetState::new_zeroed()
     };
-    table.apply(&event, None, |_| {});
+    table
+        .apply(&event, None, |_| {})
+        .expect("it has what it should");
 }
 
 fn record(time_ms: u64, cookie: u16, state: TcpState, inode: u32) -> Record {

@@ -1,17 +1,24 @@
-//! The programs that tell who holds a socket, which a kernel may lack: the one behind accept, and the iterator over all
-//! descriptors. Without them owners come later, or from `/proc`; nothing fails.
+//! The programs that a kernel may lack or refuse: behind accept, on timewait sockets, and the iterator over all
+//! descriptors. Without them some of the truth comes later, by dumps and from `/proc`; nothing fails.
 
 use std::{error::Error, fs::File, io};
 
 use aya::{
     Btf, Ebpf,
-    programs::{FExit, Iter, ProgramError},
+    programs::{FEntry, FExit, Iter, ProgramError, fentry::FEntryLinkId},
 };
 
 use super::{capability::in_short, load::Path};
 
 const ACCEPT: &str = "inet_csk_accept";
 const SWEEP: &str = "sweep";
+
+/// Each with the function that it is attached to.
+const TIME_WAIT: [(&str, &str); 3] = [
+    ("time_wait_begins", "tcp_time_wait"),
+    ("time_wait_set_again", "__inet_twsk_schedule"),
+    ("time_wait_ends", "tcp_twsk_destructor"),
+];
 
 /// `arguments`: how many the function has.
 ///
@@ -46,6 +53,47 @@ pub(super) fn attach_accept(
         Ok(())
     };
     short(attach())
+}
+
+/// All of [`TIME_WAIT`], or none: without the end of a stay its beginning is of little use.
+///
+/// # Errors
+/// Why not, in a few words.
+pub(super) fn attach_time_wait(
+    ebpf: &mut Ebpf,
+    path: Path,
+    btf: Option<&Btf>,
+) -> Result<(), String> {
+    match path {
+        Path::TpBtf => {}
+        Path::TpBtfNoCookie => return Err("it needs the socket cookie (5.12)".to_owned()),
+        Path::Tracepoint => return Err("it needs BTF".to_owned()),
+    }
+    let mut attached: Vec<(&str, FEntryLinkId)> = Vec::new();
+    let mut attach = || {
+        let btf = btf.ok_or(ProgramError::UnexpectedProgramType)?;
+        for (name, function) in TIME_WAIT {
+            let program = time_wait_program(ebpf, name)?;
+            program.load(function, btf)?;
+            attached.push((name, program.attach()?));
+        }
+        Ok(())
+    };
+    let result = short(attach());
+    if result.is_err() {
+        for (name, link) in attached {
+            // What can't be detached goes with the session; its records do no harm.
+            let _ = time_wait_program(ebpf, name).and_then(|program| program.detach(link));
+        }
+    }
+    result
+}
+
+fn time_wait_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut FEntry, ProgramError> {
+    let program = ebpf.program_mut(name);
+    program
+        .ok_or(ProgramError::UnexpectedProgramType)?
+        .try_into()
 }
 
 /// # Errors

@@ -1,0 +1,535 @@
+//! Whose a socket is, by accepts and sweeps in any order with events and dumps.
+
+use proptest::prelude::*;
+use rustc_hash::{FxHashMap, FxHashSet};
+use tcpstate_common::Accept;
+
+use super::*;
+use crate::model::{Owner, Process};
+use crate::table::Holder;
+
+const MASTER: u32 = 40;
+const WORKER: u32 = 42;
+const LISTENER: u16 = 3;
+const CHILD: u16 = 9;
+
+/// Of a process that started at `pid` milliseconds, as [`by`] and [`accept`] have it.
+fn process(pid: u32, comm: &str) -> Process {
+    Process {
+        pid,
+        start_ns: u64::from(pid) * MS,
+        comm: Some(Comm::from_bytes(comm.as_bytes())),
+    }
+}
+
+fn holder(process: Process, sockets: &[u16]) -> Holder {
+    Holder {
+        process,
+        container: None,
+        sockets: sockets.iter().copied().map(u64::from).collect(),
+    }
+}
+
+/// An event by a process that started at `pid` milliseconds.
+fn called(event: SetState, pid: u32, comm: &str) -> SetState {
+    with(by(event, pid, comm), |event| {
+        event.start_ns = u64::from(pid) * MS;
+    })
+}
+
+fn accept(time_ms: u64, socket: u16, pid: u32, comm: &str) -> Accept {
+    let made = event(time_ms, socket, CLOSE, CLOSE);
+    let mut accept = Accept {
+        time_ns: made.time_ns,
+        sk: made.sk,
+        cookie: made.cookie,
+        start_ns: u64::from(pid) * MS,
+        cgroup_id: 0,
+        tgid: pid,
+        lost: 0,
+        comm: [0; 16],
+    };
+    accept.comm[..comm.len()].copy_from_slice(comm.as_bytes());
+    accept
+}
+
+fn listen(time_ms: u64) -> SetState {
+    let made = with(event(time_ms, LISTENER, CLOSE, LISTEN), |event| {
+        event.local_port = SERVER_PORT;
+    });
+    called(made, MASTER, "master")
+}
+
+/// Of a connection that [`LISTENER`] took.
+fn child(time_ms: u64, from: TcpState, to: TcpState) -> SetState {
+    with(event(time_ms, CHILD, from, to), |event| {
+        event.local_port = SERVER_PORT;
+        event.remote_port = 1007;
+    })
+}
+
+fn child_record(time_ms: u64, inode: u32) -> Record {
+    let found = record(time_ms, CHILD, ESTABLISHED);
+    Record {
+        local: found.remote,
+        remote: Endpoint {
+            port: Some(1007),
+            ..found.local
+        },
+        inode,
+        ..found
+    }
+}
+
+fn listener_record(time_ms: u64) -> Record {
+    let found = record(time_ms, LISTENER, LISTEN);
+    Record {
+        local: Endpoint {
+            addr: found.local.addr,
+            port: Some(SERVER_PORT),
+        },
+        ..found
+    }
+}
+
+impl Watched {
+    fn accepted(&mut self, accept: &Accept) {
+        self.take(|table, sink| table.accepted(accept, None, sink));
+    }
+
+    fn swept(&mut self, time_ms: u64, holders: &[Holder]) {
+        self.take(|table, sink| table.swept(holders, time_ms * MS, sink));
+    }
+
+    fn socket(&self, cookie: u16) -> &Socket {
+        let mut full = self.table.full.sockets();
+        let mut mini = self.table.mini.values().map(|mini| &mini.socket);
+        let of_it = |socket: &&Socket| socket.cookie == Some(cookie.into());
+        full.find(of_it)
+            .or_else(|| mini.find(of_it))
+            .expect("the socket is in the table")
+    }
+
+    /// Pid and source.
+    fn owner(&self, cookie: u16) -> Option<(u32, OwnerSource)> {
+        let owner = self.socket(cookie).owner;
+        owner.map(|owner| (owner.process.pid, owner.source))
+    }
+
+    fn gauge(&self, state: TcpState, comm: &str) -> i64 {
+        let comm = Some(Comm::from_bytes(comm.as_bytes()));
+        self.gauges.get(&(state, comm)).copied().unwrap_or(0)
+    }
+}
+
+#[test]
+fn an_accept_gives_the_connection_to_who_took_it() {
+    let mut watched = run(
+        Identity::Cookie,
+        &[
+            listen(1),
+            child(5, LISTEN, SYN_RECV),
+            child(6, SYN_RECV, ESTABLISHED),
+        ],
+    );
+    assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Listener)));
+    assert_eq!(watched.gauge(ESTABLISHED, "master"), 1);
+    watched.accepted(&accept(7, CHILD, WORKER, "worker"));
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Accept)));
+    assert_eq!(watched.gauge(ESTABLISHED, "master"), 0);
+    assert_eq!(watched.gauge(ESTABLISHED, "worker"), 1);
+    // Nothing happened to the connection: no line.
+    assert_eq!(watched.last().shown, None);
+    // Who closes it, perhaps another, changes nothing.
+    watched.apply(&called(child(9, ESTABLISHED, FIN_WAIT1), 77, "other"));
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Accept)));
+}
+
+/// Accept needs only that the connection is in the listener's queue: it can come before the child's second event.
+#[test]
+fn an_accept_before_the_second_event_counts_too() {
+    for identity in [Identity::Cookie, Identity::Address] {
+        let mut watched = run(identity, &[listen(1), child(5, LISTEN, SYN_RECV)]);
+        watched.accepted(&accept(6, CHILD, WORKER, "worker"));
+        watched.apply(&child(7, SYN_RECV, ESTABLISHED));
+        let (pid, source) = (watched.last().pid, watched.last().source);
+        assert_eq!((pid, source), (Some(WORKER), Some(OwnerSource::Accept)));
+        assert_eq!(watched.gauge(ESTABLISHED, "worker"), 1);
+    }
+}
+
+/// One from before the start, which neither an event nor a dump has shown.
+#[test]
+fn an_accept_of_an_unknown_socket_waits_for_what_shows_it() {
+    for identity in [Identity::Cookie, Identity::Address] {
+        let mut watched = run(identity, &[]);
+        watched.accepted(&accept(6, CHILD, WORKER, "worker"));
+        assert!(watched.table.is_empty());
+        watched.apply(&child(7, ESTABLISHED, CLOSE_WAIT));
+        let (pid, source) = (watched.last().pid, watched.last().source);
+        assert_eq!((pid, source), (Some(WORKER), Some(OwnerSource::Accept)));
+    }
+    let mut watched = run(Identity::Cookie, &[]);
+    watched.accepted(&accept(6, CHILD, WORKER, "worker"));
+    watched.reconcile(&dump(8, 9, vec![child_record(8, 1)]));
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Accept)));
+}
+
+/// The kernel uses addresses again at once.
+#[test]
+fn an_accept_is_not_the_next_sockets_at_that_address() {
+    let again = [
+        child(20, LISTEN, SYN_RECV),
+        child(21, SYN_RECV, ESTABLISHED),
+    ];
+    let connects = [
+        event(20, CHILD, CLOSE, SYN_SENT),
+        event(21, CHILD, SYN_SENT, ESTABLISHED),
+    ];
+    for next in [again, connects] {
+        let mut watched = run(Identity::Address, &[]);
+        watched.accepted(&accept(6, CHILD, WORKER, "worker"));
+        for event in &next {
+            watched.apply(event);
+        }
+        assert_eq!(watched.last().shown.map(|(_, to)| to), Some(ESTABLISHED));
+        assert_eq!(watched.last().pid, None);
+    }
+}
+
+#[test]
+fn an_accept_that_nothing_follows_is_forgotten() {
+    let mut watched = run(Identity::Cookie, &[]);
+    watched.accepted(&accept(6, CHILD, WORKER, "worker"));
+    watched.take(|table, sink| table.flush_children(7 * MS, sink));
+    watched.apply(&child(2000, ESTABLISHED, CLOSE_WAIT));
+    assert_eq!(watched.owner(CHILD), None);
+}
+
+#[test]
+fn of_several_holders_the_one_that_started_first_counts() {
+    let established = event(1, 7, SYN_SENT, ESTABLISHED);
+    let (old, young) = (process(50, "old"), process(60, "young"));
+    for holders in [
+        [holder(old, &[7]), holder(young, &[7, 8])],
+        [holder(young, &[7, 8]), holder(old, &[7])],
+    ] {
+        let mut watched = run(
+            Identity::Cookie,
+            &[established, event(1, 8, SYN_SENT, ESTABLISHED)],
+        );
+        assert_eq!(watched.socket(7).holders, None);
+        watched.swept(2, &holders);
+        assert_eq!(watched.owner(7), Some((50, OwnerSource::Sweep)));
+        assert_eq!(watched.owner(8), Some((60, OwnerSource::Sweep)));
+        assert_eq!(watched.socket(7).holders, Some(2));
+        assert_eq!(watched.socket(8).holders, Some(1));
+        assert_eq!(watched.gauge(ESTABLISHED, "old"), 1);
+        assert_eq!(watched.gauge(ESTABLISHED, "young"), 1);
+        // The old one closes its descriptor.
+        watched.swept(3, &[holder(young, &[7, 8])]);
+        assert_eq!(watched.owner(7), Some((60, OwnerSource::Sweep)));
+        assert_eq!(watched.socket(7).holders, Some(1));
+    }
+}
+
+/// How it was known first says more than that a sweep saw it too; but a listener and a closer were second best.
+#[test]
+fn a_sweep_that_finds_the_same_process_keeps_the_better_source() {
+    let worker = process(WORKER, "worker");
+    let connects = called(event(1, 7, CLOSE, SYN_SENT), WORKER, "worker");
+    let mut watched = run(Identity::Cookie, &[connects]);
+    watched.swept(2, &[holder(worker, &[7])]);
+    assert_eq!(watched.owner(7), Some((WORKER, OwnerSource::Connect)));
+
+    let opened = [
+        listen(1),
+        child(5, LISTEN, SYN_RECV),
+        child(6, SYN_RECV, ESTABLISHED),
+    ];
+    let mut watched = run(Identity::Cookie, &opened);
+    watched.accepted(&accept(7, CHILD, WORKER, "worker"));
+    let master = process(MASTER, "master");
+    watched.swept(8, &[holder(master, &[LISTENER]), holder(worker, &[CHILD])]);
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Accept)));
+    assert_eq!(watched.owner(LISTENER), Some((MASTER, OwnerSource::Listen)));
+
+    // A server of one process: accepted, which nothing but the sweep can tell.
+    let mut watched = run(Identity::Cookie, &opened);
+    watched.swept(8, &[holder(master, &[LISTENER, CHILD])]);
+    assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Sweep)));
+
+    // It shut the connection down, and holds it.
+    let mut watched = run(Identity::Cookie, &[child(6, SYN_RECV, ESTABLISHED)]);
+    watched.apply(&called(child(7, ESTABLISHED, FIN_WAIT1), WORKER, "worker"));
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Closer)));
+    watched.swept(8, &[holder(worker, &[CHILD])]);
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Sweep)));
+}
+
+#[test]
+fn a_sweep_moves_what_a_renamed_process_holds() {
+    let connects = called(event(1, 7, CLOSE, SYN_SENT), WORKER, "shell");
+    let mut watched = run(Identity::Cookie, &[connects]);
+    assert_eq!(watched.gauge(SYN_SENT, "shell"), 1);
+    watched.swept(2, &[holder(process(WORKER, "curl"), &[7])]);
+    assert_eq!(watched.owner(7), Some((WORKER, OwnerSource::Connect)));
+    assert_eq!(watched.gauge(SYN_SENT, "shell"), 0);
+    assert_eq!(watched.gauge(SYN_SENT, "curl"), 1);
+    // `/proc` may lack a name; that takes none away.
+    let nameless = Process {
+        comm: None,
+        ..process(WORKER, "")
+    };
+    watched.swept(3, &[holder(nameless, &[7])]);
+    assert_eq!(watched.gauge(SYN_SENT, "curl"), 1);
+}
+
+/// `/proc` rounds it down to a tick of 10 ms: the start that the kernel gave stays.
+#[test]
+fn a_rounded_start_is_the_same_process_and_a_later_one_is_not() {
+    let exact = with(event(1, 7, CLOSE, SYN_SENT), |event| {
+        *event = by(*event, WORKER, "curl");
+        event.start_ns = 1_234_567_890;
+    });
+    let swept_with = |start_ns| {
+        let mut watched = run(Identity::Cookie, &[exact]);
+        let found = Process {
+            start_ns,
+            ..process(WORKER, "curl")
+        };
+        watched.swept(2, &[holder(found, &[7])]);
+        let Owner { process, source } = watched.socket(7).owner.expect("an owner");
+        (process.start_ns, source)
+    };
+    assert_eq!(
+        swept_with(1_230_000_000),
+        (1_234_567_890, OwnerSource::Connect)
+    );
+    // The pid was given away.
+    assert_eq!(
+        swept_with(1_250_000_000),
+        (1_250_000_000, OwnerSource::Sweep)
+    );
+}
+
+/// It may be on its way to another process, or the sweep came too early.
+#[test]
+fn a_sweep_never_takes_an_owner_away() {
+    let connects = called(event(1, 7, CLOSE, SYN_SENT), WORKER, "curl");
+    let mut watched = run(Identity::Cookie, &[connects]);
+    watched.swept(2, &[]);
+    watched.swept(3, &[holder(process(77, "other"), &[8])]);
+    assert_eq!(watched.owner(7), Some((WORKER, OwnerSource::Connect)));
+    assert_eq!(watched.gauge(SYN_SENT, "curl"), 1);
+}
+
+#[test]
+fn time_wait_and_an_orphan_keep_the_last_owner() {
+    for flags in [FLAG_DONE, FLAG_DEAD] {
+        let mut watched = run(
+            Identity::Cookie,
+            &[
+                event(1, 7, SYN_SENT, ESTABLISHED),
+                event(2, 7, ESTABLISHED, FIN_WAIT1),
+                event(3, 7, FIN_WAIT1, FIN_WAIT2),
+            ],
+        );
+        watched.swept(4, &[holder(process(WORKER, "worker"), &[7])]);
+        watched.apply(&with(event(5, 7, FIN_WAIT2, CLOSE), |event| {
+            event.flags |= flags;
+        }));
+        watched.swept(6, &[]);
+        assert_eq!(watched.owner(7), Some((WORKER, OwnerSource::Sweep)));
+        let state = watched.socket(7).state;
+        assert_eq!(watched.gauge(state, "worker"), 1);
+        // And through what a dump tells of it.
+        watched.reconcile(&dump(990, 1200, vec![record(1000, 7, TIME_WAIT)]));
+        assert_eq!(watched.owner(7), Some((WORKER, OwnerSource::Sweep)));
+        assert_eq!(watched.gauge(TIME_WAIT, "worker"), 1);
+    }
+}
+
+/// From before the start: nobody holds it, so the sweep tells of it only by who listens.
+#[test]
+fn a_connection_that_a_dump_finds_unaccepted_is_its_listeners() {
+    let mut watched = Watched::new(Identity::Cookie);
+    watched.reconcile(&dump(1, 2, vec![listener_record(1), child_record(1, 0)]));
+    assert_eq!(watched.owner(CHILD), None);
+    watched.swept(3, &[holder(process(MASTER, "master"), &[LISTENER])]);
+    assert_eq!(watched.owner(LISTENER), Some((MASTER, OwnerSource::Sweep)));
+    assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Listener)));
+    assert_eq!(watched.gauge(ESTABLISHED, "master"), 1);
+    watched.swept(4, &[holder(process(WORKER, "worker"), &[CHILD])]);
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Sweep)));
+    // One that has a file, or had one, is not.
+    let mut watched = Watched::new(Identity::Cookie);
+    watched.reconcile(&dump(1, 2, vec![listener_record(1), child_record(1, 5)]));
+    watched.swept(3, &[holder(process(MASTER, "master"), &[LISTENER])]);
+    assert_eq!(watched.owner(CHILD), None);
+}
+
+/// One that nobody has accepted yet, where accepts are seen, is no reason for one.
+#[test]
+fn a_sweep_is_wanted_where_only_it_can_tell() {
+    let opened = [
+        listen(1),
+        child(5, LISTEN, SYN_RECV),
+        child(6, SYN_RECV, ESTABLISHED),
+    ];
+    let wants = |accepts: bool, events: &[SetState]| {
+        let mut watched = Watched::new(Identity::Cookie);
+        if accepts {
+            watched.table.sees_accepts();
+        }
+        for event in events {
+            watched.apply(event);
+        }
+        let wants = watched.table.wants_sweep();
+        assert!(!watched.table.wants_sweep(), "asked twice for the same");
+        wants
+    };
+    assert!(wants(false, &opened));
+    assert!(!wants(true, &opened));
+    // The listener is not known.
+    assert!(wants(true, &opened[1..]));
+    let connects = called(event(1, 7, CLOSE, SYN_SENT), WORKER, "curl");
+    assert!(!wants(
+        false,
+        &[connects, event(2, 7, SYN_SENT, ESTABLISHED)]
+    ));
+}
+
+/// What comes to the table, in any order.
+#[derive(Clone, Debug)]
+enum Door {
+    Event(u16, u8, u8, u8, u32),
+    Accept(u16, u32),
+    Sweep(Vec<(u32, Vec<u16>)>),
+    Dump(Vec<(u16, TcpState)>),
+    Flush,
+}
+
+fn doors() -> impl Strategy<Value = Vec<Door>> {
+    let socket = || 1u16..6;
+    let pid = || 1u32..5;
+    let state = || prop::sample::select(TcpState::ALL.to_vec());
+    let door = prop_oneof![
+        6 => (socket(), 0u8..13, 0u8..13, any::<u8>(), pid())
+            .prop_map(|(socket, from, to, flags, pid)| Door::Event(socket, from, to, flags, pid)),
+        2 => (socket(), pid()).prop_map(|(socket, pid)| Door::Accept(socket, pid)),
+        2 => prop::collection::vec((pid(), prop::collection::vec(socket(), 0..5)), 0..4)
+            .prop_map(Door::Sweep),
+        1 => prop::collection::vec((socket(), state()), 0..8).prop_map(Door::Dump),
+        1 => Just(Door::Flush),
+    ];
+    prop::collection::vec(door, 0..150)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1_000))]
+
+    /// [`Watched`] holds the changes against what the table has after each of them: no gauge is left behind under
+    /// another name, and their sum stays that of the sockets.
+    #[test]
+    fn gauges_by_name_are_conserved_whatever_comes(
+        doors in doors(),
+        identity in prop::sample::select(vec![
+            Identity::Cookie,
+            Identity::Address,
+            Identity::AddressWithoutNetns,
+        ]),
+        accepts in prop::bool::ANY,
+    ) {
+        let mut watched = Watched::new(identity);
+        if accepts {
+            watched.table.sees_accepts();
+        }
+        // A name for each pid and time, so that processes are renamed too.
+        let name = |pid: u32, now: u64| format!("p{pid}-{}", now / 20);
+        for (now, door) in (1..).zip(doors) {
+            match door {
+                Door::Event(socket, from, to, flags, pid) => {
+                    let states = (TcpState::from_kernel(from), TcpState::from_kernel(to));
+                    let made = called(event(now, socket, states.0, states.1), pid, &name(pid, now));
+                    watched.apply(&with(made, |event| event.flags = flags));
+                }
+                Door::Accept(socket, pid) => {
+                    watched.accepted(&accept(now, socket, pid, &name(pid, now)));
+                }
+                Door::Sweep(found) => {
+                    let holders: Vec<Holder> = found
+                        .iter()
+                        .map(|(pid, sockets)| holder(process(*pid, &name(*pid, now)), sockets))
+                        .collect();
+                    let owned = |watched: &Watched| {
+                        let sockets = watched.table.full.sockets();
+                        sockets.filter(|socket| socket.owner.is_some()).count()
+                    };
+                    let before = owned(&watched);
+                    watched.swept(now, &holders);
+                    prop_assert!(owned(&watched) >= before);
+                }
+                Door::Dump(found) => {
+                    let records = found.iter().map(|&(socket, state)| record(now, socket, state));
+                    watched.table.snapshot_begins();
+                    watched.reconcile(&dump(now, now, records.collect()));
+                }
+                Door::Flush => {
+                    watched.take(|table, sink| table.flush_children(now * MS, sink));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_gauges_follow_an_owner_that_has_another_name_now() {
+    let mut watched = run(
+        Identity::Cookie,
+        &[
+            by(event(1, 1, CLOSE, SYN_SENT), 10, "old"),
+            by(event(2, 2, CLOSE, SYN_SENT), 10, "old"),
+            event(3, 2, SYN_SENT, ESTABLISHED),
+            by(event(4, 2, ESTABLISHED, FIN_WAIT1), 10, "old"),
+            event(5, 2, FIN_WAIT1, FIN_WAIT2),
+            with(event(6, 2, FIN_WAIT2, CLOSE), |event| {
+                event.flags |= FLAG_DONE
+            }),
+            by(event(7, 3, CLOSE, SYN_SENT), 11, "other"),
+            // Without BTF the start is not known: the pid may be anybody's by now.
+            with(by(event(8, 4, CLOSE, SYN_SENT), 12, "old"), |event| {
+                event.start_ns = 0
+            }),
+        ],
+    );
+    assert_eq!(
+        watched.table.owners(),
+        FxHashSet::from_iter([(10, 10), (11, 11)])
+    );
+    let told = watched.seen.len();
+    let new = Comm::from_bytes(b"new");
+    // A later process has the pid 11.
+    let names = FxHashMap::from_iter([((10, 10), new), ((11, 99), new), ((12, 0), new)]);
+    watched.take(|table, sink| table.rename_owners(&names, 9 * MS, sink));
+    watched.take(|table, sink| table.rename_owners(&names, 10 * MS, sink));
+    let gauge = |state, comm: &str| {
+        let comm = Some(Comm::from_bytes(comm.as_bytes()));
+        watched
+            .gauges
+            .get(&(state, comm))
+            .copied()
+            .unwrap_or_default()
+    };
+    assert_eq!([gauge(SYN_SENT, "new"), gauge(TIME_WAIT, "new")], [1, 1]);
+    assert_eq!([gauge(SYN_SENT, "old"), gauge(TIME_WAIT, "old")], [1, 0]);
+    assert_eq!(gauge(SYN_SENT, "other"), 1);
+    // Each is told once, and no stream shows it.
+    let renamed = &watched.seen[told..];
+    assert_eq!(renamed.len(), 2);
+    assert!(
+        renamed
+            .iter()
+            .all(|seen| seen.shown.is_none() && seen.kernel.is_none())
+    );
+}

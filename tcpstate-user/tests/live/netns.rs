@@ -1,0 +1,271 @@
+//! Network namespaces: which are found and entered, and what is said where one can't be.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd as _, AsRawFd as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use tempfile::TempDir;
+
+use crate::daemon::{Daemon, in_namespace, refused};
+use crate::lab::{proc_states, until};
+use crate::sockets::{Tcp, connect_to_nobody};
+use crate::sys;
+use crate::tracer::{Tracer, product};
+
+const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
+/// Number of the state.
+const LISTEN: u8 = 10;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A thread in a network namespace of its own, by which nobody finds that: it is not its process' main thread.
+struct Inside {
+    inode: u32,
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Inside {
+    fn new() -> Self {
+        let (jobs, todo) = mpsc::channel::<Job>();
+        let (ready, inode) = mpsc::channel();
+        thread::spawn(move || {
+            let inode = sys::new_namespace().expect("network namespaces need root");
+            ready.send(inode).expect("awaited");
+            todo.into_iter().for_each(|job| job());
+        });
+        let inode = inode.recv().expect("it begins");
+        Self { inode, jobs }
+    }
+
+    /// Runs it there, and waits.
+    fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
+        let (done, result) = mpsc::channel();
+        let job = Box::new(move || done.send(job()).expect("awaited"));
+        self.jobs.send(job).expect("it runs");
+        result.recv().expect("the job ends")
+    }
+
+    /// Listens there with that many sockets.
+    fn listen(&self, count: usize) -> Vec<Tcp> {
+        self.run(move || (0..count).map(|_| Tcp::listening(LOOPBACK, 1)).collect())
+    }
+
+    /// A process whose main thread is there.
+    fn process(&self) -> sys::Fork {
+        self.run(|| {
+            let pause = || loop {
+                // SAFETY: waits for a signal.
+                unsafe { libc::pause() };
+            };
+            sys::Fork::new(&[], pause).expect("a process")
+        })
+    }
+
+    /// Gives it a name, as `ip netns add` does, in a mount namespace of the calling thread's own.
+    fn mount(&self, folder: &Path) {
+        let name = folder.join("name");
+        File::create(&name).expect("a file");
+        let there = self.run(|| File::open("/proc/thread-self/ns/net").expect("/proc"));
+        // SAFETY: this thread gets its own idea of the root and current folders; it changes neither.
+        unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.expect("mount namespaces need root");
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).expect("private mounts");
+        let there = format!("/proc/self/fd/{}", there.as_raw_fd());
+        mount_bind(there, &name).expect("a mount");
+    }
+}
+
+/// Listeners that are older than the daemon, as no event shows them: only a dump of their namespace does. So many that
+/// those of the host and of other tests make no difference.
+#[test]
+fn all_namespaces_are_those_of_processes_names_and_threads() {
+    in_namespace(|_| {
+        let folder = TempDir::new().expect("a folder");
+        let [lived_in, named, visited] = [Inside::new(), Inside::new(), Inside::new()];
+        let _process = lived_in.process();
+        named.mount(folder.path());
+        let sockets = [lived_in.listen(100), named.listen(200), visited.listen(400)];
+        for (inside, count) in [(&lived_in, 100.0), (&named, 200.0)] {
+            let one = Daemon::tracing(&inside.inode.to_string(), &["--reconcile-interval", "1h"]);
+            assert_eq!(one.metrics().state("listen"), count);
+        }
+
+        let daemon = Daemon::tracing("all", &["--reconcile-interval", "200ms"]);
+        let comm = std::fs::read_to_string("/proc/self/comm").expect("/proc is mounted");
+        let series = format!(
+            "tcpstate_process_sockets{{comm=\"{}\",state=\"listen\"}}",
+            comm.trim()
+        );
+        let ours = || daemon.metrics().get(&series);
+        let found = ours();
+        assert!(found >= 300.0, "{found} listeners");
+        // A sweep finds who holds the sockets there: a thread of it leads to the namespace.
+        until("the namespace that only a thread is in is found", || {
+            (700.0..800.0).contains(&ours())
+        });
+        thread::sleep(Duration::from_millis(500));
+        assert!(ours() >= 700.0, "what was found stays");
+        drop(sockets);
+    });
+}
+
+/// Also those that no dump could find.
+#[test]
+fn events_come_from_all_namespaces() {
+    in_namespace(|own| {
+        let others = [Inside::new(), Inside::new()];
+        let arguments = ["watch", "--direct", "-o", "json", "--netns", "all"];
+        let tracer = Tracer::start(&arguments, Arc::new(AtomicBool::new(false)));
+        let refused = || connect_to_nobody((LOOPBACK, 9).into());
+        let ports = [refused(), others[0].run(refused), others[1].run(refused)];
+        let inodes = [own, others[0].inode, others[1].inode];
+        for (port, inode) in ports.into_iter().zip(inodes) {
+            tracer.wait_for(&format!("the failure in {inode}"), |line| {
+                line["netns"] == inode && line["local_port"] == port && line["end"] == "refused"
+            });
+        }
+        assert!(tracer.stop().0.success());
+    });
+}
+
+/// It holds a listener whose owner has ended: no dump can tell of it.
+#[test]
+fn a_namespace_that_nothing_leads_to_is_named() {
+    in_namespace(|_| {
+        let folder = TempDir::new().expect("a folder");
+        let mut daemon = Command::new(product())
+            .args(["daemon", "--netns", "all", "--reconcile-interval", "200ms"])
+            .args(["--web.listen-address", "127.0.0.1:0", "--socket"])
+            .arg(folder.path().join("socket"))
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the product starts");
+        let mut said = BufReader::new(daemon.stderr.take().expect("piped")).lines();
+        // Where a line does not come, its end is awaited: with the test, or when time is up.
+        let (done, over) = mpsc::channel::<()>();
+        let limit = thread::spawn(move || {
+            let _ = over.recv_timeout(Duration::from_secs(20));
+            daemon.kill().expect("it lives");
+            daemon.wait().expect("it ends");
+        });
+        let mut says = |words: &[&str]| {
+            let mut lines = said.by_ref().map_while(Result::ok);
+            lines.any(|line| words.iter().all(|word| line.contains(word)))
+        };
+        assert!(says(&["tracing directly"]));
+        let inside = Inside::new();
+        let inode = inside.inode;
+        let _listener = inside.run(|| {
+            let socket = Tcp::bound(LOOPBACK);
+            let port = socket.local().port();
+            let listen = || rustix::net::listen(&socket.fd, 1).expect("listen");
+            let process = sys::Fork::new(&[socket.fd.as_fd()], listen).expect("a process");
+            until("it listens", || proc_states(port) == [LISTEN]);
+            drop(process);
+            socket
+        });
+        // Nor does a thread of who holds it now.
+        drop(inside);
+        let named = says(&["known from events only", &inode.to_string()]);
+        drop(done);
+        limit.join().expect("no panic");
+        assert!(named, "{inode} was not named");
+    });
+}
+
+/// The product without capabilities, by number, though it is root's.
+fn without(capabilities: &'static [libc::c_ulong], arguments: &[&str]) -> (i32, String) {
+    let mut command = Command::new(product());
+    command.args(arguments).stdout(Stdio::null());
+    // SAFETY: only makes system calls.
+    unsafe {
+        command.pre_exec(move || {
+            for &capability in capabilities {
+                if libc::prctl(libc::PR_CAPBSET_DROP, capability) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        });
+    }
+    refused(&mut command)
+}
+
+#[test]
+fn a_namespace_that_can_not_be_entered_is_told_at_the_start() {
+    const SYS_PTRACE: libc::c_ulong = 19;
+    const SYS_ADMIN: libc::c_ulong = 21;
+    in_namespace(|own| {
+        let inside = Inside::new();
+        let _process = inside.process();
+        let (inode, own) = (inside.inode.to_string(), own.to_string());
+        let folder = TempDir::new().expect("a folder");
+        let socket = folder.path().join("socket");
+        let daemon = [
+            "daemon",
+            "--socket",
+            socket.to_str().expect("text"),
+            "--netns",
+        ];
+        let watch = ["watch", "--direct", "-d", "100ms", "--netns"];
+        for command in [&daemon[..], &watch] {
+            let told = |capabilities, netns: &str, expected: &[&str]| {
+                let (status, said) = without(capabilities, &[command, &[netns]].concat());
+                assert_eq!((status, said.lines().count()), (1, 1), "{said}");
+                for words in expected {
+                    assert!(said.contains(words), "{said}");
+                }
+            };
+            let can_not = format!("can't trace network namespace {inode}: entering it");
+            let help = ["CAP_SYS_ADMIN", "--netns self", &can_not];
+            told(&[SYS_ADMIN], &inode, &help);
+            told(
+                &[SYS_ADMIN],
+                "all",
+                &[": CAP_SYS_ADMIN missing;", "--netns self"],
+            );
+            told(
+                &[SYS_PTRACE],
+                "all",
+                &[": CAP_SYS_PTRACE missing;", "--netns self"],
+            );
+            told(&[], "1", &["no network namespace 1 found", "lsns -t net"]);
+        }
+        // The own one needs neither, by whatever name.
+        for netns in [&own, "self"] {
+            let (status, said) =
+                without(&[SYS_ADMIN, SYS_PTRACE], &[&watch[..], &[netns]].concat());
+            assert_eq!(status, 0, "{said}");
+            assert!(said.contains("tracing "), "{said}");
+        }
+    });
+}
+
+/// Where most processes can't be seen, that is said; of one namespace nothing is missed.
+#[test]
+fn another_pid_namespace_is_told() {
+    for netns in ["all", "self"] {
+        in_namespace(move |_| {
+            // SAFETY: only what this thread starts from now on is concerned.
+            unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.expect("pid namespaces need root");
+            let mut command = Command::new(product());
+            command.args(["watch", "--direct", "-d", "100ms", "--netns", netns]);
+            let (status, said) = refused(command.stdout(Stdio::null()));
+            assert_eq!(status, 0, "{said}");
+            let told = said.contains("not in the initial pid namespace");
+            assert_eq!(told, netns == "all", "{said}");
+        });
+    }
+}
