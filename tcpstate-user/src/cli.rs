@@ -15,7 +15,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::config::{DaemonConfig, Interval, Settings};
 use crate::export::Format;
 use crate::export::check::ReportFormat;
-use crate::filter::{Filter, Netns, ValueError};
+use crate::filter::{Filter, ListFilter, Netns, ValueError};
 use crate::kernel::RingSize;
 use crate::model::named;
 
@@ -47,10 +47,11 @@ socket had been in the state that it left, which process holds it, and why the c
 Examples:
   sudo tcpstate watch                        every transition of the host
   sudo tcpstate watch -s close-wait -L 443   what enters and leaves CLOSE_WAIT on port 443
+  sudo tcpstate list -s close-wait           who holds sockets in CLOSE_WAIT, and for how long
   sudo tcpstate daemon                       metrics at http://127.0.0.1:10975/metrics
   sudo tcpstate check                        what of it this host allows
 
-`tcpstate watch --help` and its like say more."
+`tcpstate COMMAND --help` says more."
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -60,6 +61,7 @@ pub struct Cli {
 #[derive(Subcommand, Debug)]
 pub enum Command {
     Watch(Box<Watch>),
+    List(Box<List>),
     Daemon(Box<Daemon>),
     Check(Check),
 }
@@ -149,6 +151,60 @@ impl Watch {
     pub fn duration(&self) -> Option<Duration> {
         self.duration.map(|Interval(duration)| duration)
     }
+}
+
+/// List the sockets that exist now, with state, age and owner
+#[derive(Args, Debug)]
+#[command(
+    display_name = "tcpstate",
+    after_help = "\
+Listeners come first, then all others, by local port and address, then by the remote ones. AGE is how long \
+the socket has been in its state; with `>`, at least so long: its beginning was not seen. A daemon that has \
+run for a while knows ages; without one, only those of TIME_WAIT are known.
+
+Asks the daemon where one runs. Else it traces by itself, for a moment: that takes root, or the capabilities \
+CAP_BPF and CAP_PERFMON, and CAP_SYS_ADMIN for network namespaces other than its own.
+
+Examples:
+  tcpstate list -s close-wait --min-age 10m        what was not closed for ten minutes, and by whom
+  tcpstate list -s listen                          who listens where; the queues are of connections
+  tcpstate list -L 443 -o wide                     all about the sockets of port 443
+  tcpstate list --owner none                       sockets that no process holds
+  tcpstate list -o json | jq -r .comm | sort | uniq -c"
+)]
+pub struct List {
+    /// How to show the sockets: text, wide, json or csv
+    #[arg(short, long, value_name = "FORMAT", default_value = "text")]
+    pub output: Format,
+
+    /// Don't say when tracing begins
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// Accepted as by other tools: addresses and ports are always numeric
+    #[arg(short = 'n')]
+    _numeric: bool,
+
+    /// Network namespaces to list: all of the host, this one, or one by its inode
+    #[arg(long, value_name = "all|self|INODE", default_value = "all")]
+    pub netns: Netns,
+
+    /// Look by itself, also where a daemon runs
+    #[arg(long, conflicts_with = "socket")]
+    pub direct: bool,
+
+    /// Ask the daemon that serves this socket, and nothing else
+    #[arg(long, value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+
+    #[arg(long, hide = true)]
+    pub attach: Option<Attach>,
+
+    #[command(
+        flatten,
+        next_help_heading = "Filters (values of one are alternatives, different ones must all hold)"
+    )]
+    pub filter: ListFilter,
 }
 
 /// Trace, count, and serve metrics for Prometheus

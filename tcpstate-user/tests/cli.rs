@@ -32,13 +32,14 @@ macro_rules! golden {
 fn help_is_for_newcomers() {
     golden!("help", stdout(&["--help"]));
     golden!("help-watch", stdout(&["watch", "--help"]));
+    golden!("help-list", stdout(&["list", "--help"]));
     golden!("help-daemon", stdout(&["daemon", "--help"]));
     golden!("help-check", stdout(&["check", "--help"]));
 }
 
 #[test]
 fn short_help_is_the_same() {
-    for command in ["watch", "daemon", "check"] {
+    for command in ["watch", "list", "daemon", "check"] {
         assert_eq!(stdout(&[command, "-h"]), stdout(&[command, "--help"]));
     }
 }
@@ -123,7 +124,7 @@ fn bad_usage_is_one_clear_line_and_status_2() {
             &["check", "-o", "csv"],
             "error: invalid value 'csv' for '--output <FORMAT>': unknown output format `csv`; known: text, json",
         ),
-        (&["list"], "error: unrecognized subcommand 'list'"),
+        (&["top"], "error: unrecognized subcommand 'top'"),
         (
             &["daemon", "--ring-size", "4MB"],
             "error: invalid value '4MB' for '--ring-size <BYTES|KiB|MiB>': `4MB` is no size; expected bytes, KiB or \

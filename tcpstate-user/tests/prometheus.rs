@@ -10,7 +10,7 @@ use tcpstate_common::TcpState;
 use tcpstate_user::export::process::ProcessMetrics;
 use tcpstate_user::export::prometheus::{BuildInfo, METRICS, page};
 use tcpstate_user::model::view::{
-    CommView, Counted, Feature, Health, Histogram, KernelCounted, Program, View,
+    Aged, CommView, Counted, Feature, Health, Histogram, KernelCounted, Program, View,
 };
 use tcpstate_user::model::{Named as _, NetnsSelection};
 
@@ -44,9 +44,14 @@ fn rich() -> View {
         count: 7,
         sum_ns: 90_000_100_500_000_000,
     };
+    let mut aged = Aged::default();
+    (aged.counts[0][6], aged.counts[1][6]) = (41, 7);
+    aged.oldest_ns[0] = Some(1_795_216_300_125_000_000);
+    aged.oldest_ns[6] = Some(1_795_212_300_000_000_000);
     let none = CommView {
         comm: "<none>".into(),
         sockets: [0, 0, 1, 0, 2, 3, 0, 0, 0, 0],
+        aged: Aged::default(),
         dwell: dwell(&[]),
         connections: [0, 0, 4],
         ends: [0, 0, 0, 0, 0, 0, 0, 0, 0, 4],
@@ -55,6 +60,7 @@ fn rich() -> View {
     let other = CommView {
         comm: "<other>".into(),
         sockets: [5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        aged: Aged::default(),
         dwell: dwell(&[(0, Histogram::default())]),
         connections: [0; 3],
         ends: [0; 10],
@@ -63,6 +69,7 @@ fn rich() -> View {
     let nginx = CommView {
         comm: "nginx".into(),
         sockets: [10, 0, 0, 0, 0, 0, 41, 0, 2, 0],
+        aged,
         dwell: dwell(&[(0, stays), (6, stays)]),
         connections: [2, 60, 0],
         ends: [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],

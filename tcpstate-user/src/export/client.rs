@@ -1,4 +1,4 @@
-//! The other end of the daemon's stream: what `tcpstate watch` reads when a daemon runs.
+//! The other end of what the daemon streams: what `tcpstate watch` and `tcpstate list` read when a daemon runs.
 
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::FileTypeExt as _;
@@ -16,7 +16,7 @@ use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 
 use super::{ParseError, parse_line};
-use crate::filter::{Span, Subscription};
+use crate::filter::{Selection, Span, Subscription};
 use crate::model::{Line, Start};
 
 /// How long a daemon may take until its stream begins, where nobody is in a greater hurry.
@@ -49,7 +49,7 @@ pub enum ConnectError {
     )]
     NoAnswer { path: PathBuf, patience: Duration },
     /// In the daemon's words.
-    #[error("the daemon refuses the stream: {0}")]
+    #[error("the daemon refuses: {0}")]
     Refused(String),
     #[error("what serves the socket {} is no tcpstate daemon: {problem}", .path.display())]
     NoDaemon { path: PathBuf, problem: String },
@@ -94,14 +94,28 @@ impl Events {
         subscription: &Subscription,
         patience: Duration,
     ) -> Result<Self, ConnectError> {
-        let asked = tokio::time::timeout(patience, Self::ask(path, subscription));
+        let target = format!("/v1/events?{}", subscription.to_query());
+        Self::open(path, &target, patience).await
+    }
+
+    /// The sockets that exist now: a stream that ends.
+    ///
+    /// # Errors
+    /// As [`connect`](Self::connect).
+    pub async fn list(path: &Path, selection: &Selection) -> Result<Self, ConnectError> {
+        let target = format!("/v1/sockets?{}", selection.to_query());
+        Self::open(path, &target, PATIENCE).await
+    }
+
+    async fn open(path: &Path, target: &str, patience: Duration) -> Result<Self, ConnectError> {
+        let asked = tokio::time::timeout(patience, Self::ask(path, target));
         asked.await.unwrap_or_else(|_| {
             let path = path.to_owned();
             Err(ConnectError::NoAnswer { path, patience })
         })
     }
 
-    async fn ask(path: &Path, subscription: &Subscription) -> Result<Self, ConnectError> {
+    async fn ask(path: &Path, target: &str) -> Result<Self, ConnectError> {
         let no_daemon = |problem: String| ConnectError::NoDaemon {
             path: path.to_owned(),
             problem,
@@ -125,7 +139,7 @@ impl Events {
             // What goes wrong shows in the answer or its body.
             let _ = connection.await;
         });
-        let request = Request::get(format!("/v1/events?{}", subscription.to_query()))
+        let request = Request::get(target)
             .header(header::HOST, "localhost")
             .body(Empty::<Bytes>::new())
             .expect("a query is a valid part of a path");

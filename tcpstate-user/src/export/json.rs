@@ -5,7 +5,7 @@ use std::io::Write as _;
 
 use super::SCHEMA;
 use super::time::Utc;
-use crate::model::{Endpoint, Line, Loss, Named, Start, Transition};
+use crate::model::{Endpoint, Line, Listed, Loss, Named, Owner, Start, Transition};
 
 #[derive(Default)]
 pub struct Json {
@@ -17,6 +17,7 @@ impl Json {
         match line {
             Line::Start(start) => self.start(seq, start, out),
             Line::Transition(transition) => self.transition(seq, transition, out),
+            Line::Socket(row) => self.socket(seq, row, out),
             Line::Lost(loss) => self.loss(seq, loss, out),
         }
         out.extend_from_slice(b"}\n");
@@ -41,7 +42,6 @@ impl Json {
     }
 
     fn transition(&mut self, seq: u64, t: &Transition, out: &mut Vec<u8>) {
-        let process = t.owner.map(|owner| owner.process);
         self.head("transition", seq, t.time_ns, out);
         plain(out, "id", Some(t.id));
         plain(out, "cookie", t.cookie);
@@ -54,19 +54,30 @@ impl Json {
         number(out, "dwell_ns", t.dwell_ns);
         plain(out, "evidence", Some(t.evidence.name()));
         plain(out, "role", t.role.map(Named::name));
-        number(out, "pid", process.map(|process| process.pid));
-        text(
-            out,
-            "comm",
-            process
-                .and_then(|process| process.comm)
-                .map(|comm| comm.to_string()),
-        );
-        number(out, "uid", t.uid);
-        text(out, "container", t.container.as_deref());
-        let source = t.owner.map_or("none", |owner| owner.source.name());
-        plain(out, "owner_source", Some(source));
+        owner(out, t.owner, t.uid, t.container.as_deref());
         plain(out, "end", t.end.map(Named::name));
+    }
+
+    fn socket(&mut self, seq: u64, row: &Listed, out: &mut Vec<u8>) {
+        self.head("socket", seq, row.time_ns, out);
+        plain(out, "id", Some(row.id));
+        plain(out, "cookie", row.cookie);
+        number(out, "netns", row.netns);
+        plain(out, "family", Some(row.family.name()));
+        endpoint(out, "local_addr", "local_port", row.local);
+        endpoint(out, "remote_addr", "remote_port", row.remote);
+        plain(out, "state", Some(row.state));
+        put(out, r#","since":""#);
+        self.time.write(row.since_ns, out);
+        out.push(b'"');
+        number(out, "age_ns", Some(row.age_ns));
+        number(out, "age_exact", Some(row.age_exact));
+        plain(out, "role", row.role.map(Named::name));
+        owner(out, row.owner, row.uid, row.container.as_deref());
+        number(out, "orphan", row.orphan);
+        number(out, "holders", row.holders);
+        number(out, "recv_queue", row.recv_queue);
+        number(out, "send_queue", row.send_queue);
     }
 
     fn loss(&mut self, seq: u64, loss: &Loss, out: &mut Vec<u8>) {
@@ -74,6 +85,17 @@ impl Json {
         number(out, "count", Some(loss.count));
         plain(out, "reason", Some(loss.reason.name()));
     }
+}
+
+fn owner(out: &mut Vec<u8>, owner: Option<Owner>, uid: Option<u32>, container: Option<&str>) {
+    let process = owner.map(|owner| owner.process);
+    let comm = process.and_then(|process| process.comm);
+    number(out, "pid", process.map(|process| process.pid));
+    text(out, "comm", comm.map(|comm| comm.to_string()));
+    number(out, "uid", uid);
+    text(out, "container", container);
+    let source = owner.map_or("none", |owner| owner.source.name());
+    plain(out, "owner_source", Some(source));
 }
 
 fn endpoint(out: &mut Vec<u8>, addr: &str, port: &str, endpoint: Endpoint) {

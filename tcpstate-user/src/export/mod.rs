@@ -44,15 +44,22 @@ enum Formatter {
     Csv(csv::Csv),
 }
 
+/// What the lines are about, beside those that every stream has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    Transitions,
+    Sockets,
+}
+
 impl LineWriter {
     /// `look` matters to `text` and `wide` only.
     #[must_use]
-    pub fn new(format: Format, look: Look) -> Self {
+    pub fn new(format: Format, look: Look, rows: Rows) -> Self {
         let format = match format {
-            Format::Text => Formatter::Text(text::Text::new(look, false)),
-            Format::Wide => Formatter::Text(text::Text::new(look, true)),
+            Format::Text => Formatter::Text(text::Text::new(look, false, rows)),
+            Format::Wide => Formatter::Text(text::Text::new(look, true, rows)),
             Format::Json => Formatter::Json(json::Json::default()),
-            Format::Csv => Formatter::Csv(csv::Csv::default()),
+            Format::Csv => Formatter::Csv(csv::Csv::new(rows)),
         };
         Self { seq: 0, format }
     }

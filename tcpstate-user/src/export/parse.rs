@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use super::SCHEMA;
 use crate::model::{
-    Comm, ConnectionId, Endpoint, Line, Loss, Named, NetnsSelection, Owner, Process, Start,
+    Comm, ConnectionId, Endpoint, Line, Listed, Loss, Named, NetnsSelection, Owner, Process, Start,
     TcpState, Transition,
 };
 
@@ -38,12 +38,16 @@ pub fn parse_line(line: &str) -> Result<Option<(u64, Line)>, ParseError> {
     if head.schema != SCHEMA {
         return Err(ParseError::Schema(head.schema));
     }
-    let time_ns = unix_ns(head.time)?;
+    let time_ns = unix_ns("time", head.time)?;
     let line = match head.kind {
         "start" => Line::Start(serde_json::from_str::<StartFields>(line)?.start(time_ns)?),
         "transition" => {
             let fields: TransitionFields = serde_json::from_str(line)?;
             Line::Transition(fields.transition(time_ns)?)
+        }
+        "socket" => {
+            let fields: SocketFields = serde_json::from_str(line)?;
+            Line::Socket(fields.socket(time_ns)?)
         }
         "lost" => {
             let fields: LostFields = serde_json::from_str(line)?;
@@ -102,6 +106,32 @@ struct TransitionFields<'a> {
 }
 
 #[derive(Deserialize)]
+struct SocketFields<'a> {
+    id: &'a str,
+    cookie: Option<&'a str>,
+    netns: Option<u32>,
+    family: &'a str,
+    local_addr: Option<IpAddr>,
+    local_port: Option<u16>,
+    remote_addr: Option<IpAddr>,
+    remote_port: Option<u16>,
+    state: &'a str,
+    since: &'a str,
+    age_ns: u64,
+    age_exact: bool,
+    role: Option<&'a str>,
+    pid: Option<u32>,
+    comm: Option<String>,
+    uid: Option<u32>,
+    container: Option<String>,
+    owner_source: &'a str,
+    orphan: Option<bool>,
+    holders: Option<u32>,
+    recv_queue: Option<u32>,
+    send_queue: Option<u32>,
+}
+
+#[derive(Deserialize)]
 struct LostFields<'a> {
     count: u64,
     reason: &'a str,
@@ -153,6 +183,39 @@ impl TransitionFields<'_> {
     }
 }
 
+impl SocketFields<'_> {
+    fn socket(self, time_ns: u64) -> Result<Listed, ParseError> {
+        let cookie = self.cookie.map(|cookie| read("cookie", cookie));
+        Ok(Listed {
+            time_ns,
+            id: connection_id(self.id)?,
+            cookie: cookie.transpose()?,
+            netns: self.netns,
+            family: named("family", self.family)?,
+            local: Endpoint {
+                addr: self.local_addr,
+                port: self.local_port,
+            },
+            remote: Endpoint {
+                addr: self.remote_addr,
+                port: self.remote_port,
+            },
+            state: state("state", self.state)?,
+            since_ns: unix_ns("since", self.since)?,
+            age_ns: self.age_ns,
+            age_exact: self.age_exact,
+            role: optional("role", self.role)?,
+            owner: owner(self.pid, self.comm.as_deref(), self.owner_source)?,
+            uid: self.uid,
+            container: self.container.map(Into::into),
+            orphan: self.orphan,
+            holders: self.holders,
+            recv_queue: self.recv_queue,
+            send_queue: self.send_queue,
+        })
+    }
+}
+
 fn owner(pid: Option<u32>, comm: Option<&str>, source: &str) -> Result<Option<Owner>, ParseError> {
     if source == "none" {
         return Ok(None);
@@ -174,10 +237,10 @@ fn owner(pid: Option<u32>, comm: Option<&str>, source: &str) -> Result<Option<Ow
     }))
 }
 
-fn unix_ns(time: &str) -> Result<u64, ParseError> {
-    let instant: Timestamp = read("time", time)?;
+fn unix_ns(field: &'static str, time: &str) -> Result<u64, ParseError> {
+    let instant: Timestamp = read(field, time)?;
     u64::try_from(instant.as_nanosecond()).map_err(|_| ParseError::Field {
-        field: "time",
+        field,
         problem: format!("`{instant}` is out of range"),
     })
 }

@@ -7,8 +7,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::model::{
-    Comm, ConnectionId, End, Endpoint, Evidence, Family, Loss, LossReason, Named, NetnsSelection,
-    Owner, OwnerSource, Process, Role, Source, Start, TcpState, Transition,
+    Comm, ConnectionId, End, Endpoint, Evidence, Family, Listed, Loss, LossReason, Named,
+    NetnsSelection, Owner, OwnerSource, Process, Role, Source, Start, TcpState, Transition,
 };
 
 const TIME_NS: u64 = 1_795_216_211_123_456_789;
@@ -152,15 +152,94 @@ fn lines() -> Vec<Line> {
     lines
 }
 
+/// A socket in each way that a list can have it: all known, a listener, nothing known, hostile.
+fn list() -> Vec<Line> {
+    let held = Listed {
+        time_ns: TIME_NS,
+        id: ConnectionId::Cookie {
+            cookie: 4711,
+            generation: 0,
+        },
+        cookie: Some(4711),
+        netns: Some(4_026_531_840),
+        family: Family::Ipv4,
+        local: endpoint("255.255.255.255", 65535),
+        remote: endpoint("10.0.0.7", 55000),
+        state: TcpState::CLOSE_WAIT,
+        since_ns: TIME_NS - 7_384_000_000_000,
+        age_ns: 7_384_000_000_000,
+        age_exact: true,
+        role: Some(Role::Passive),
+        owner: owner(4_194_304, b"fifteen-letters", OwnerSource::Accept),
+        uid: Some(65534),
+        container: Some("8f3c1d2e4b5a".into()),
+        orphan: Some(false),
+        holders: Some(2),
+        recv_queue: Some(1),
+        send_queue: Some(4_194_304),
+    };
+    let listener = Listed {
+        local: endpoint("::", 443),
+        family: Family::Ipv6,
+        remote: Endpoint::default(),
+        state: TcpState::LISTEN,
+        since_ns: TIME_NS - 86_399_000_000_000,
+        age_ns: 86_399_000_000_000,
+        age_exact: false,
+        role: None,
+        owner: owner(7, b"nginx", OwnerSource::Sweep),
+        container: None,
+        recv_queue: Some(0),
+        send_queue: Some(511),
+        ..held.clone()
+    };
+    let unknown = Listed {
+        id: ConnectionId::Own(12),
+        cookie: None,
+        netns: None,
+        state: TcpState::NEW_SYN_RECV,
+        since_ns: TIME_NS,
+        age_ns: 0,
+        age_exact: false,
+        role: None,
+        owner: None,
+        uid: None,
+        container: None,
+        orphan: None,
+        holders: None,
+        recv_queue: None,
+        send_queue: None,
+        ..held.clone()
+    };
+    let hostile = Listed {
+        state: TcpState::FIN_WAIT2,
+        owner: owner(666, b"=\x1b[2J\"\n,", OwnerSource::Closer),
+        orphan: Some(true),
+        ..held.clone()
+    };
+    let rows = [listener, held, unknown, hostile];
+    std::iter::once(start())
+        .chain(rows.map(Line::Socket))
+        .collect()
+}
+
+fn listed(format: Format, color: bool) -> String {
+    write(&list(), format, color, Rows::Sockets)
+}
+
 fn written(format: Format, color: bool) -> String {
+    write(&lines(), format, color, Rows::Transitions)
+}
+
+fn write(lines: &[Line], format: Format, color: bool, rows: Rows) -> String {
     let look = Look {
         color,
         zone: TimeZone::fixed(jiff::tz::offset(1)),
     };
-    let mut writer = LineWriter::new(format, look);
+    let mut writer = LineWriter::new(format, look, rows);
     let mut out = Vec::new();
-    for line in lines() {
-        writer.write(&line, &mut out);
+    for line in lines {
+        writer.write(line, &mut out);
     }
     String::from_utf8(out).unwrap()
 }
@@ -213,6 +292,38 @@ fn colours_change_nothing_but_colours() {
     let plain = anstream::adapter::strip_str(&text).to_string();
     assert_eq!(plain, written(Format::Text, false));
     golden!("stream.colour", text.replace('\x1b', "␛"));
+}
+
+#[test]
+fn a_list_in_each_format() {
+    let json = listed(Format::Json, false);
+    let csv = listed(Format::Csv, false);
+    let mut rows = ::csv::Reader::from_reader(csv.as_bytes());
+    let header = rows.headers().unwrap().clone();
+    // The same fields in the same order.
+    for text in json.lines().skip(1) {
+        let fields = header.iter().map(|name| format!("\"{name}\":"));
+        let places: Vec<_> = fields.map(|name| text.find(&name)).collect();
+        assert!(places.iter().all(Option::is_some), "{text}");
+        assert!(places.is_sorted(), "{text}");
+    }
+    for row in rows.records() {
+        assert_eq!(row.unwrap().len(), header.len());
+    }
+    let colour = listed(Format::Text, true);
+    let text = listed(Format::Text, false);
+    assert_eq!(anstream::adapter::strip_str(&colour).to_string(), text);
+    golden!("list.json", json);
+    golden!("list.csv", csv);
+    golden!("list.text", text);
+    golden!("list.wide", listed(Format::Wide, false));
+}
+
+#[test]
+fn a_list_is_read_back() {
+    for (text, line) in listed(Format::Json, false).lines().zip(list()) {
+        assert_eq!(parse_line(text).unwrap().unwrap().1, line);
+    }
 }
 
 fn one_of<T: Named + std::fmt::Debug>() -> impl Strategy<Value = T> {
@@ -308,7 +419,7 @@ proptest! {
         for &format in Format::ALL {
             let look = Look { color: false, zone: TimeZone::UTC };
             let mut out = Vec::new();
-            LineWriter::new(format, look).write(&line, &mut out);
+            LineWriter::new(format, look, Rows::Transitions).write(&line, &mut out);
             let text = String::from_utf8(out).unwrap();
             prop_assert!(text.ends_with('\n'));
             prop_assert!(!text.trim_end_matches('\n').contains(char::is_control), "{text:?}");

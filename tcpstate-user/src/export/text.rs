@@ -6,8 +6,9 @@ use std::net::IpAddr;
 use anstyle::{AnsiColor, Style};
 use jiff::tz::TimeZone;
 
+use super::Rows;
 use super::time::OfDay;
-use crate::model::{Comm, End, Endpoint, Line, Loss, Named, TcpState, Transition};
+use crate::model::{Comm, End, Endpoint, Line, Listed, Loss, Named, TcpState, Transition};
 
 /// What the reader's terminal and wishes decide.
 #[derive(Clone, Debug)]
@@ -43,6 +44,7 @@ pub struct Text {
     time: OfDay,
     color: bool,
     wide: bool,
+    rows: Rows,
     /// The row being written.
     row: String,
     clock: Vec<u8>,
@@ -58,6 +60,13 @@ const PID: Align = Align::Right(7);
 const COMM: Align = Align::Left(15);
 /// `255.255.255.255:65535`.
 const ENDPOINT: Align = Align::Left(21);
+/// `NEW_SYN_RECV`.
+const STATE: Align = Align::Left(12);
+/// Megabytes.
+const QUEUE: Align = Align::Right(7);
+const AGE: Align = Align::Right(7);
+const HOLDERS: Align = Align::Right(7);
+const ORPHAN: Align = Align::Left(6);
 /// `ESTABLISHED -> CLOSE_WAIT`.
 const STATES: Align = Align::Left(25);
 const DWELL: Align = Align::Right(6);
@@ -71,12 +80,52 @@ const OWNER: Align = Align::Left(8);
 const EVIDENCE: Align = Align::Left(10);
 const CONTAINER: Align = Align::Left(0);
 
+/// The first eight are shown where not all are.
+const TRANSITIONS: [(Align, &str); 15] = [
+    (Align::Left(12), "TIME"),
+    (PID, "PID"),
+    (COMM, "COMM"),
+    (ENDPOINT, "LOCAL"),
+    (ENDPOINT, "REMOTE"),
+    (STATES, "TRANSITION"),
+    (DWELL, "DWELL"),
+    (END, "END"),
+    (NETNS, "NETNS"),
+    (ID, "ID"),
+    (UID, "UID"),
+    (ROLE, "ROLE"),
+    (OWNER, "OWNER"),
+    (EVIDENCE, "EVIDENCE"),
+    (CONTAINER, "CONTAINER"),
+];
+
+/// The same.
+const SOCKETS: [(Align, &str); 16] = [
+    (STATE, "STATE"),
+    (QUEUE, "RECV-Q"),
+    (QUEUE, "SEND-Q"),
+    (ENDPOINT, "LOCAL"),
+    (ENDPOINT, "REMOTE"),
+    (AGE, "AGE"),
+    (PID, "PID"),
+    (COMM, "COMM"),
+    (NETNS, "NETNS"),
+    (ID, "ID"),
+    (UID, "UID"),
+    (ROLE, "ROLE"),
+    (OWNER, "OWNER"),
+    (HOLDERS, "HOLDERS"),
+    (ORPHAN, "ORPHAN"),
+    (CONTAINER, "CONTAINER"),
+];
+
 impl Text {
-    pub fn new(look: Look, wide: bool) -> Self {
+    pub fn new(look: Look, wide: bool, rows: Rows) -> Self {
         Self {
             time: OfDay::new(look.zone),
             color: look.color,
             wide,
+            rows,
             row: String::new(),
             clock: Vec::new(),
         }
@@ -87,6 +136,7 @@ impl Text {
         match line {
             Line::Start(_) => self.header(),
             Line::Transition(transition) => self.transition(transition),
+            Line::Socket(row) => self.socket(row),
             Line::Lost(loss) => self.loss(loss),
         }
         out.extend_from_slice(self.row.trim_end().as_bytes());
@@ -94,23 +144,10 @@ impl Text {
     }
 
     fn header(&mut self) {
-        let columns = [
-            (Align::Left(12), "TIME"),
-            (PID, "PID"),
-            (COMM, "COMM"),
-            (ENDPOINT, "LOCAL"),
-            (ENDPOINT, "REMOTE"),
-            (STATES, "TRANSITION"),
-            (DWELL, "DWELL"),
-            (END, "END"),
-            (NETNS, "NETNS"),
-            (ID, "ID"),
-            (UID, "UID"),
-            (ROLE, "ROLE"),
-            (OWNER, "OWNER"),
-            (EVIDENCE, "EVIDENCE"),
-            (CONTAINER, "CONTAINER"),
-        ];
+        let columns: &[_] = match self.rows {
+            Rows::Transitions => &TRANSITIONS,
+            Rows::Sockets => &SOCKETS,
+        };
         let shown = if self.wide { columns.len() } else { 8 };
         self.style(HEADER);
         for (align, name) in &columns[..shown] {
@@ -147,6 +184,30 @@ impl Text {
             self.cell(OWNER, t.owner.map_or("none", |owner| owner.source.name()));
             self.cell(EVIDENCE, t.evidence);
             self.cell(CONTAINER, known(t.container.as_deref()));
+        }
+    }
+
+    fn socket(&mut self, row: &Listed) {
+        let process = row.owner.map(|owner| owner.process);
+        self.styled(state_style(row.state), STATE, row.state);
+        self.cell(QUEUE, known(row.recv_queue));
+        self.cell(QUEUE, known(row.send_queue));
+        self.cell(ENDPOINT, At(row.local));
+        self.cell(ENDPOINT, At(row.remote));
+        let least = if row.age_exact { "" } else { ">" };
+        self.cell(AGE, format_args!("{least}{}", Dwell(row.age_ns)));
+        self.cell(PID, known(process.map(|process| process.pid)));
+        self.cell(COMM, known(process.and_then(|process| process.comm)));
+        if self.wide {
+            self.cell(NETNS, known(row.netns));
+            self.cell(ID, row.id);
+            self.cell(UID, known(row.uid));
+            self.cell(ROLE, known(row.role));
+            self.cell(OWNER, row.owner.map_or("none", |owner| owner.source.name()));
+            self.cell(HOLDERS, known(row.holders));
+            let orphan = row.orphan.map(|orphan| if orphan { "yes" } else { "no" });
+            self.cell(ORPHAN, known(orphan));
+            self.cell(CONTAINER, known(row.container.as_deref()));
         }
     }
 
@@ -217,8 +278,8 @@ fn put(row: &mut String, value: impl Display) {
 }
 
 /// What the eye should find: what may leak, what is well, what is over.
-fn state_style(to: TcpState) -> Style {
-    match to {
+fn state_style(state: TcpState) -> Style {
+    match state {
         TcpState::CLOSE_WAIT => AnsiColor::Yellow.on_default(),
         TcpState::ESTABLISHED => AnsiColor::Green.on_default(),
         TcpState::LISTEN => AnsiColor::Cyan.on_default(),

@@ -150,6 +150,70 @@ fn what_is_unknown_matches_no_filter_on_it() {
     assert!(!here.matches(&unknown()));
 }
 
+fn listed() -> Listed {
+    let known = known();
+    Listed {
+        time_ns: 0,
+        id: known.id,
+        cookie: known.cookie,
+        netns: known.netns,
+        family: known.family,
+        local: known.local,
+        remote: known.remote,
+        state: TcpState::CLOSE_WAIT,
+        since_ns: 0,
+        age_ns: 60_000_000_000,
+        age_exact: false,
+        role: known.role,
+        owner: known.owner,
+        uid: known.uid,
+        container: known.container,
+        orphan: Some(false),
+        holders: None,
+        recv_queue: None,
+        send_queue: None,
+    }
+}
+
+fn list_filter(args: &str) -> ListFilter {
+    let args = std::iter::once("list").chain(args.split_ascii_whitespace());
+    let command = ListFilter::augment_args(Command::new("list"));
+    ListFilter::from_arg_matches(&command.try_get_matches_from(args).unwrap()).unwrap()
+}
+
+#[test]
+fn a_list_is_filtered_by_the_state_that_is_and_by_age() {
+    for args in [
+        "",
+        "-s close-wait",
+        "--min-age 1m",
+        "--min-age 60s -L 8080 --comm j* --role passive -4",
+    ] {
+        assert!(list_filter(args).matches(&listed()), "{args}");
+        let selection = Selection {
+            filter: list_filter(args),
+            netns: Some(Inode(4_026_531_840)),
+        };
+        let query = selection.to_query();
+        assert_eq!(Selection::from_query(&query).as_ref(), Ok(&selection));
+        assert!(selection.matches(&listed()), "{args}");
+        let elsewhere = Selection {
+            netns: Some(Inode(1)),
+            ..selection
+        };
+        assert!(!elsewhere.matches(&listed()), "{args}");
+    }
+    for args in [
+        "-s estab",
+        "--min-age 61s",
+        "-L 55000",
+        "--owner none",
+        "-6",
+    ] {
+        assert!(!list_filter(args).matches(&listed()), "{args}");
+    }
+}
+
 #[test]
 fn a_half_open_request_is_syn_recv() {
     let transition = Transition {
@@ -170,8 +234,9 @@ fn flags_and_query_parameters_have_the_same_names() {
         .collect();
     let parameters: BTreeSet<String> = Filter::default()
         .fields()
+        .into_iter()
         .map(|(name, _)| name.to_owned())
-        .into();
+        .collect();
     assert_eq!(flags, parameters);
 }
 
@@ -180,8 +245,8 @@ fn a_query_says_what_is_wrong_with_it() {
     for (query, error) in [
         (
             "sate=LISTEN",
-            "unknown parameter `sate`; known: state, from, to, port, lport, rport, addr, laddr, raddr, ipv4, \
-             ipv6, pid, comm, container, owner, role, min-dwell, raw, netns",
+            "unknown parameter `sate`; known: state, port, lport, rport, addr, laddr, raddr, ipv4, ipv6, pid, comm, \
+             container, owner, role, from, to, min-dwell, raw, netns",
         ),
         (
             "port=80,http",
@@ -237,8 +302,10 @@ prop_compose! {
     ) -> Subscription {
         Subscription {
             filter: Filter {
-                state, from, to, port, lport, rport, addr, laddr, raddr, ipv4, ipv6, pid, comm, container,
-                owner, role, min_dwell,
+                socket: SocketFilter {
+                    state, port, lport, rport, addr, laddr, raddr, ipv4, ipv6, pid, comm, container, owner, role,
+                },
+                from, to, min_dwell,
             },
             raw,
             netns,

@@ -5,12 +5,14 @@
 pub mod check;
 mod comm;
 mod end;
+mod listed;
 mod name;
 mod transition;
 pub mod view;
 
 pub use comm::Comm;
 pub use end::End;
+pub use listed::Listed;
 pub(crate) use name::named;
 pub use name::{Named, UnknownName};
 pub use transition::{

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tcpstate_common::TcpState;
 
 use super::name::named;
-use super::{Comm, End};
+use super::{Comm, End, Listed};
 
 named! {
     /// Where a transition comes from.
@@ -208,5 +208,6 @@ pub struct Start {
 pub enum Line {
     Start(Start),
     Transition(Transition),
+    Socket(Listed),
     Lost(Loss),
 }

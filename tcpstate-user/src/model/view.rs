@@ -2,6 +2,7 @@
 //! table, shared by all concurrent readers.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tcpstate_common::TcpState;
 
@@ -42,6 +43,37 @@ pub fn gauge_index(state: TcpState) -> Option<usize> {
 
 /// Sockets by [`GAUGE_STATES`].
 pub type StateCounts = [u64; GAUGE_STATES.len()];
+
+/// Ages that sockets are counted by, with their labels.
+pub const MIN_AGES: [(&str, Duration); 3] = [
+    ("1m", Duration::from_secs(60)),
+    ("10m", Duration::from_secs(600)),
+    ("1h", Duration::from_secs(3600)),
+];
+
+/// How long sockets have been in their states, as far as is known: never less.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Aged {
+    /// By [`MIN_AGES`]: those at least that old. What counts for one counts for the lesser ones.
+    pub counts: [StateCounts; MIN_AGES.len()],
+    /// By [`GAUGE_STATES`]: when the one that has been there for longest entered the state, nanoseconds.
+    pub oldest_ns: [Option<u64>; GAUGE_STATES.len()],
+}
+
+impl Aged {
+    pub fn add(&mut self, other: &Self) {
+        let counts = self.counts.as_flattened_mut().iter_mut();
+        for (count, more) in counts.zip(other.counts.as_flattened()) {
+            *count += more;
+        }
+        for (oldest, other) in self.oldest_ns.iter_mut().zip(other.oldest_ns) {
+            *oldest = match (*oldest, other) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (one, other) => one.or(other),
+            };
+        }
+    }
+}
 
 /// Upper bounds of the dwell buckets, seconds; clear of the kernel's own timers.
 pub const DWELL_BUCKETS: [f64; 13] = [
@@ -134,6 +166,8 @@ named! {
 pub struct CommView {
     pub comm: Arc<str>,
     pub sockets: StateCounts,
+    /// Up to a second old; times are Unix times.
+    pub aged: Aged,
     /// By [`GAUGE_STATES`]; `None` for a state that this kernel can't time or that none of its sockets was in.
     pub dwell: [Option<Histogram>; GAUGE_STATES.len()],
     /// By [`Role::ALL`](Named::ALL), then those whose opening was not seen.

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Semaphore;
 
+use super::list::{MOST_LISTS, batches};
 use super::tracer::{self, Tracer};
 use super::{attach, runtime, say, select, start};
 use crate::cli::Attach;
@@ -12,7 +14,7 @@ use crate::config::DaemonConfig;
 use crate::export::http::{self, Backend, Limits, Listeners, Refusal, Subscribed, UnixSocket};
 use crate::export::process::ProcessReader;
 use crate::export::{log, prometheus};
-use crate::filter::Subscription;
+use crate::filter::{Inode, Selection, Subscription, covered};
 use crate::model::{NetnsSelection, Source, Start};
 
 pub fn run(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()> {
@@ -54,6 +56,7 @@ async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()
         tracer: tracer.clone(),
         process: ProcessReader::new(),
         start: start(Source::Daemon, netns)?,
+        list_places: Arc::new(Semaphore::new(MOST_LISTS)),
     };
     let listeners = Listeners {
         tcp,
@@ -91,6 +94,27 @@ struct Served {
     process: ProcessReader,
     /// As of the daemon's start.
     start: Start,
+    list_places: Arc<Semaphore>,
+}
+
+impl Served {
+    /// The first line of what covers `asked`.
+    fn start(&self, asked: Option<Inode>) -> Result<Start, Refusal> {
+        let netns = covered(asked, self.tracer.netns());
+        if let (NetnsSelection::One(traced), NetnsSelection::One(asked)) =
+            (self.tracer.netns(), netns)
+            && traced != asked
+        {
+            return Err(Refusal::Bad(format!(
+                "network namespace {asked} is not traced: this daemon traces only {traced}"
+            )));
+        }
+        Ok(Start {
+            time_ns: tracer::unix_now_ns(),
+            netns,
+            ..self.start.clone()
+        })
+    }
 }
 
 impl Backend for Served {
@@ -111,23 +135,27 @@ impl Backend for Served {
     }
 
     fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal> {
-        let netns = subscription.covers(self.tracer.netns());
-        if let (NetnsSelection::One(traced), NetnsSelection::One(asked)) =
-            (self.tracer.netns(), netns)
-            && traced != asked
-        {
-            return Err(Refusal::Bad(format!(
-                "network namespace {asked} is not traced: this daemon traces only {traced}"
-            )));
-        }
+        let start = self.start(subscription.netns)?;
         let batches = self.tracer.subscribe(subscription);
         Ok(Subscribed {
-            start: Start {
-                time_ns: tracer::unix_now_ns(),
-                netns,
-                ..self.start.clone()
-            },
+            start,
             batches: batches.map_err(|error| Refusal::Busy(error.to_string()))?,
+        })
+    }
+
+    async fn list(&self, selection: Selection) -> Result<Subscribed, Refusal> {
+        let place = Arc::clone(&self.list_places).try_acquire_owned();
+        let place = place.map_err(|_| {
+            Refusal::Busy(format!(
+                "{MOST_LISTS} lists are being read, which is all there may be; try again in a moment"
+            ))
+        })?;
+        let start = self.start(selection.netns)?;
+        let rows = self.tracer.list(selection).await;
+        let rows = rows.map_err(|error| Refusal::Busy(error.to_string()))?;
+        Ok(Subscribed {
+            start,
+            batches: batches(rows, place),
         })
     }
 }

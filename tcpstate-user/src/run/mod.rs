@@ -4,6 +4,7 @@
 
 mod check;
 mod daemon;
+mod list;
 mod proof;
 mod streams;
 mod tracer;
@@ -43,6 +44,7 @@ pub fn run() -> ExitCode {
     };
     let result = match cli.command {
         Command::Watch(watch) => watch::run(&watch),
+        Command::List(list) => list::run(&list),
         Command::Check(check) => {
             return check::run(&check).unwrap_or_else(|error| fail(&error, ExitCode::FAILURE));
         }

@@ -211,7 +211,7 @@ fn collect(
             match line {
                 Line::Transition(transition) => transitions.push(transition),
                 Line::Lost(loss) => skipped |= loss.reason == LossReason::Recursion,
-                Line::Start(_) => {}
+                Line::Start(_) | Line::Socket(_) => {}
             }
         }
     }

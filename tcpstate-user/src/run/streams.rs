@@ -122,7 +122,7 @@ impl Stream {
     fn lost(&mut self, loss: Loss) {
         let behind = self.batch.iter_mut().rev().map_while(|line| match line {
             Line::Lost(loss) => Some(loss),
-            Line::Start(_) | Line::Transition(_) => None,
+            Line::Start(_) | Line::Transition(_) | Line::Socket(_) => None,
         });
         match behind.into_iter().find(|known| known.reason == loss.reason) {
             Some(known) => known.count += loss.count,
@@ -166,7 +166,7 @@ impl Stream {
                         *dropped_ns = transition.time_ns;
                         false
                     }
-                    Line::Start(_) | Line::Lost(_) => true,
+                    Line::Start(_) | Line::Socket(_) | Line::Lost(_) => true,
                 });
                 let dropped = (before - self.batch.len()) as u64;
                 self.dropped += dropped;

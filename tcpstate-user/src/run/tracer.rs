@@ -18,13 +18,14 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use super::list::{Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
-use crate::filter::Subscription;
+use crate::filter::{Selection, Subscription};
 use crate::kernel::netns::{Lead, NetnsError};
 use crate::kernel::snapshot::{self, SnapshotError};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, Program, View};
-use crate::model::{Comm, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
+use crate::model::{Comm, Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{self, Containers, Swept, comm_of, in_initial_pid_namespace, names};
 use crate::stats::Stats;
 use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
@@ -78,6 +79,7 @@ pub struct Tracer {
 enum Command {
     View(oneshot::Sender<Arc<View>>),
     Subscribe(Box<Stream>),
+    List(Box<Selection>, Reply),
     /// With the names that owners have now, of a full dump.
     Dumped(
         Dump,
@@ -182,6 +184,24 @@ impl Tracer {
         Ok(batches)
     }
 
+    /// The sockets that exist now, as the kernel lists them, sorted.
+    ///
+    /// # Errors
+    /// [`NoList`].
+    pub async fn list(&self, selection: Selection) -> Result<Vec<Listed>, NoList> {
+        let (reply, rows) = oneshot::channel();
+        self.commands
+            .send(Command::List(Box::new(selection), reply))
+            .map_err(|_| Stopped)?;
+        let mut rows = rows.await.map_err(|_| Stopped)??;
+        // Not on the tracer's thread, and long enough to hold up a runtime's.
+        let sorted = tokio::task::spawn_blocking(move || {
+            Listed::sort(&mut rows);
+            rows
+        });
+        Ok(sorted.await.map_err(|_| Stopped)?)
+    }
+
     /// Waits for its end.
     pub async fn stopped(&self) {
         self.commands.closed().await;
@@ -205,6 +225,7 @@ struct State {
     commands: mpsc::WeakUnboundedSender<Command>,
     /// Scrapes that wait for a dump, and since when.
     waiting: Vec<(u64, oneshot::Sender<Arc<View>>)>,
+    lists: Lists,
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
@@ -272,6 +293,7 @@ impl State {
             ready: Arc::clone(ready),
             commands,
             waiting: Vec::new(),
+            lists: Lists::default(),
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,
@@ -339,6 +361,7 @@ impl State {
         match command {
             Command::Subscribe(stream) => self.streams.add(*stream),
             Command::View(reply) => self.scrape(reply, session),
+            Command::List(selection, reply) => self.list(*selection, reply),
             Command::Dumped(dump, result, names) => self.dumped(dump, result, &names, session),
             Command::Swept(result) => self.swept(result, session),
             Command::Stop => {}
@@ -495,6 +518,15 @@ impl State {
         }
     }
 
+    fn list(&mut self, selection: Selection, reply: Reply) {
+        // The first dump is made anyway, and none is younger.
+        let dumping = self.dump == Some(Dump::Full) && !self.is_ready();
+        let due_ns = self.lists.ask(selection, reply, dumping);
+        if !dumping {
+            self.next_full_ns = self.next_full_ns.min(due_ns);
+        }
+    }
+
     /// Where namespaces may be that nothing else leads to.
     fn leads(&self) -> FxHashSet<Lead> {
         if self.netns == NetnsSelection::All && self.pids_are_ours {
@@ -552,6 +584,9 @@ impl State {
             Ok(_) => {
                 self.table.snapshot_begins();
                 self.dump = Some(dump);
+                if dump == Dump::Full {
+                    self.lists.dump_begins(now_ns);
+                }
             }
             Err(error) => self.dump_failed(&format!("can't start a thread: {error}"), now_ns),
         }
@@ -619,6 +654,9 @@ impl State {
         if dump == Dump::Full {
             self.tell_unlisted();
             self.want_sweep(0);
+            if self.lists.dumped() {
+                self.next_sweep_ns = Some(0);
+            }
         }
         self.answer(session);
     }
@@ -649,6 +687,7 @@ impl State {
             return;
         };
         self.next_sweep_ns = None;
+        self.lists.sweep_begins();
         let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
         let (netns, leads) = (self.netns, self.leads());
         let sweep = move || {
@@ -681,10 +720,10 @@ impl State {
     fn swept(&mut self, result: io::Result<Sweep>, session: &mut Session) {
         self.sweeping = false;
         let now_ns = now_ns();
+        // What was accepted by then is in the ring, and what a list must not lack.
+        self.drain_to(session, now_ns);
         let took_ns = match result {
             Ok(sweep) => {
-                // What was accepted by then is in the ring.
-                self.drain_to(session, now_ns);
                 let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
                 self.table.swept(&sweep.found.holders, now_ns, tell);
                 self.streams.flush();
@@ -706,10 +745,13 @@ impl State {
         if !self.is_ready() {
             self.ready.store(true, Ordering::Release);
         }
+        let (table, offset) = (&self.table, self.boot_to_unix_ns);
+        self.lists.swept(|| table.rows(now_ns, offset));
     }
 
     fn dump_failed(&mut self, reason: &str, now_ns: u64) {
         self.table.snapshot_failed();
+        self.lists.dump_failed(reason);
         self.health.reconcile_failures += 1;
         if !self.is_ready() {
             // Without the first one there are no gauges.
@@ -739,7 +781,10 @@ impl State {
         let counted = self.is_ready().then(|| {
             let entries = self.table.len() as u64;
             let corrections = self.table.corrections();
-            let counted: Counted = self.stats.counted(now_ns(), entries, corrections);
+            let now_ns = now_ns();
+            self.stats
+                .age(now_ns, self.boot_to_unix_ns, self.table.stays());
+            let counted: Counted = self.stats.counted(now_ns, entries, corrections);
             Arc::new(counted)
         });
         View {

@@ -20,7 +20,7 @@ use super::{attach, resolve, runtime, say, select, start, warn};
 use crate::cli::Watch;
 use crate::export::client::{self, ConnectError, Events, StreamError};
 use crate::export::http::DEFAULT_SOCKET;
-use crate::export::{LineWriter, Look, log};
+use crate::export::{LineWriter, Look, Rows, log};
 use crate::filter::{Inode, Subscription};
 use crate::model::{Line, NetnsSelection, Source};
 
@@ -78,7 +78,7 @@ pub fn run(args: &Watch) -> anyhow::Result<()> {
     let fed = runtime.spawn(feed.run(sender, asked, settle, Arc::clone(&pending)));
     let ending = ask_for_end(end, settled, signals, args.duration(), Arc::clone(&pending));
     runtime.spawn(ending);
-    let mut writer = LineWriter::new(args.output, Look::of_stdout(args.utc));
+    let mut writer = LineWriter::new(args.output, Look::of_stdout(args.utc), Rows::Transitions);
     match print(
         &mut lines,
         &mut writer,
@@ -153,7 +153,7 @@ async fn ask_for_end(
 /// How many transitions the line tells of, or tells the loss of.
 const fn weight(line: &Line) -> u64 {
     match line {
-        Line::Start(_) => 0,
+        Line::Start(_) | Line::Socket(_) => 0,
         Line::Transition(_) => 1,
         Line::Lost(loss) => loss.count,
     }

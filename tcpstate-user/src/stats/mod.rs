@@ -2,6 +2,7 @@
 //!
 //! Pure: time comes in with the changes. How it is shown is `export`'s; what happened is `table`'s.
 
+mod ages;
 mod counters;
 mod dwell;
 mod gauges;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use tcpstate_common::TcpState;
 
+use self::ages::Ages;
 use self::counters::Counters;
 use self::dwell::Timed;
 use self::gauges::Gauges;
@@ -34,6 +36,7 @@ pub struct Stats {
     none_gauges: Gauges,
     none: Counters,
     names: Names,
+    ages: Ages,
     timed: Timed,
     /// By [`Discard::ALL`].
     discarded: [u64; Discard::ALL.len()],
@@ -55,6 +58,7 @@ impl Stats {
             none_gauges: Gauges::default(),
             none: Counters::default(),
             names: Names::new(max_comms),
+            ages: Ages::default(),
             timed: Timed::new(false),
             discarded: [0; Discard::ALL.len()],
         }
@@ -85,6 +89,29 @@ impl Stats {
         }
     }
 
+    /// Looks how old sockets are, unless that was done within the last second.
+    ///
+    /// `stays`: where each socket counts, and since when. `now_ns`: `CLOCK_BOOTTIME`; `boot_to_unix_ns`: what to add to
+    /// it for Unix time.
+    pub fn age(
+        &mut self,
+        now_ns: u64,
+        boot_to_unix_ns: i64,
+        stays: impl Iterator<Item = (Place, u64)>,
+    ) {
+        if self.ages.are_fresh(now_ns) {
+            return;
+        }
+        // As it does before the names are shown.
+        self.names.settle(now_ns);
+        let names = &mut self.names;
+        self.ages
+            .scan(now_ns, boot_to_unix_ns, stays, |comm| match comm {
+                None => NONE.into(),
+                Some(comm) => names.label(comm).unwrap_or_else(|| OTHER.into()),
+            });
+    }
+
     /// What has been counted, with what the table knows of itself.
     ///
     /// `now_ns`: `CLOCK_BOOTTIME`. Names that lost their right to a place by then have lost it.
@@ -95,20 +122,14 @@ impl Stats {
         corrections: [u64; Correction::ALL.len()],
     ) -> Counted {
         self.names.settle(now_ns);
-        let timed = self.timed;
-        let mut comms = vec![view(
-            NONE.into(),
-            self.none_gauges.by_state(),
-            &self.none,
-            timed,
-        )];
+        let mut comms = vec![self.view(NONE.into(), self.none_gauges.by_state(), &self.none)];
         if self.names.overflow > 0 {
             let sockets = gauges::sum(self.names.waiting().map(Gauges::by_state));
-            comms.push(view(OTHER.into(), &sockets, &self.names.other, timed));
+            comms.push(self.view(OTHER.into(), &sockets, &self.names.other));
         }
         comms.extend(self.names.places().map(|place| {
             let label = Arc::clone(&place.label);
-            view(label, place.gauges.by_state(), &place.counters, timed)
+            self.view(label, place.gauges.by_state(), &place.counters)
         }));
         comms.sort_unstable_by(|a, b| a.comm.cmp(&b.comm));
         Counted {
@@ -118,6 +139,18 @@ impl Stats {
             dwell_discarded: by_name::<Discard, _>(self.discarded),
             corrections: by_name::<Correction, _>(corrections),
             table_entries,
+        }
+    }
+
+    fn view(&self, comm: Arc<str>, sockets: &StateCounts, counters: &Counters) -> CommView {
+        CommView {
+            sockets: *sockets,
+            aged: self.ages.of(&comm, sockets),
+            comm,
+            dwell: counters.dwell(self.timed),
+            connections: counters.connections,
+            ends: counters.ends,
+            failures: counters.failures,
         }
     }
 
@@ -203,15 +236,4 @@ fn by_name<T: Named, const N: usize>(counts: [u64; N]) -> Vec<(&'static str, u64
 fn timed_state_left(change: &Change<'_>, timed: Timed) -> Option<usize> {
     let (left, _) = change.shown?;
     gauge_index(left).filter(|&state| timed.contains(state))
-}
-
-fn view(comm: Arc<str>, sockets: &StateCounts, counters: &Counters, timed: Timed) -> CommView {
-    CommView {
-        comm,
-        sockets: *sockets,
-        dwell: counters.dwell(timed),
-        connections: counters.connections,
-        ends: counters.ends,
-        failures: counters.failures,
-    }
 }

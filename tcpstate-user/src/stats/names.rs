@@ -215,6 +215,12 @@ impl Names {
         self.waiting.values()
     }
 
+    /// What the name counts as; `None` for one without place.
+    pub fn label(&mut self, comm: Comm) -> Option<Arc<str>> {
+        let at = self.find(comm)?;
+        Some(Arc::clone(&self.places[at].label))
+    }
+
     fn find(&mut self, comm: Comm) -> Option<usize> {
         let hinted = self.places.get(self.hint);
         if hinted.is_some_and(|place| place.key == Some(comm)) {

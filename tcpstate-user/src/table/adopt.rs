@@ -121,6 +121,7 @@ impl Table {
     /// It had the cookie of one that is alike.
     fn rename(&mut self, key: u64, cookie: u64) {
         self.full.change(key, |full| {
+            full.dumped = None;
             if full.guess.is_some() {
                 full.guess = Some(cookie);
             } else {

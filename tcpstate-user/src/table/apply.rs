@@ -202,6 +202,7 @@ impl Table {
                     since_ns: event.time_ns,
                     seen: true,
                 };
+                full.dumped = None;
             }
             let ends = (full.socket.netns, full.socket.local, full.socket.remote);
             (before, dwell, ends)

@@ -9,7 +9,7 @@ use tcpstate_common::TcpState;
 
 use super::listeners::Listeners;
 use super::owners::Known;
-use super::{Identity, Socket, Stay, Tuple};
+use super::{Identity, Record, Socket, Stay, Tuple};
 use crate::model::Endpoint;
 
 /// A socket that events follow.
@@ -27,6 +27,27 @@ pub(super) struct Full {
     pub(super) guess: Option<u64>,
     /// The state in which a timewait socket is about to take its place.
     pub(super) timewait: Option<TcpState>,
+    /// What only a dump tells; `None` from a transition on until the next one, and where the record may be another's.
+    pub(super) dumped: Option<Dumped>,
+}
+
+/// What a full socket was when a dump read it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Dumped {
+    pub(super) recv_queue: u32,
+    pub(super) send_queue: u32,
+    /// A descriptor stands for it.
+    pub(super) has_file: bool,
+}
+
+impl Dumped {
+    pub(super) const fn of(record: &Record) -> Self {
+        Self {
+            recv_queue: record.recv_queue,
+            send_queue: record.send_queue,
+            has_file: record.inode != 0,
+        }
+    }
 }
 
 impl Full {
@@ -39,6 +60,7 @@ impl Full {
             missed: false,
             guess: None,
             timewait: None,
+            dumped: None,
         }
     }
 
@@ -114,8 +136,12 @@ impl FullSockets {
         self.by_key.get(&key)
     }
 
+    pub(super) fn values(&self) -> impl Iterator<Item = &Full> {
+        self.by_key.values()
+    }
+
     pub(super) fn sockets(&self) -> impl Iterator<Item = &Socket> {
-        self.by_key.values().map(|full| &full.socket)
+        self.values().map(|full| &full.socket)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &Socket)> {

@@ -12,6 +12,7 @@ mod joins;
 mod listeners;
 mod owners;
 mod reconcile;
+mod rows;
 mod snapshot;
 mod socket;
 #[cfg(test)]

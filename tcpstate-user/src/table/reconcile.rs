@@ -7,6 +7,7 @@ use rustc_hash::FxHashSet;
 use tcpstate_common::TcpState;
 
 use super::apply::TIME_WAIT_NS;
+use super::full::Dumped;
 use super::joins::{Alike, Closed, Joins};
 use super::owners::own_by;
 use super::{
@@ -124,7 +125,13 @@ impl Table {
             };
             self.full.change(key, |full| {
                 let there = full.begun_ns.saturating_add(STORE_NS) < started_ns;
-                if self.identity == Identity::Address && there && !newer(full.event_ns, &record) {
+                if !there || newer(full.event_ns, &record) {
+                    return;
+                }
+                if record.state == full.socket.state {
+                    full.dumped = Some(Dumped::of(&record));
+                }
+                if self.identity == Identity::Address {
                     full.guess = None;
                     full.socket.cookie = Some(record.cookie);
                     learn(&mut full.socket, &record);
@@ -142,6 +149,10 @@ impl Table {
     fn merge_full(&mut self, key: u64, record: &Record, sink: &mut impl FnMut(&Change<'_>)) {
         let before = self.full.change(key, |full| {
             full.missed = false;
+            let dumped = full.guess.is_none().then(|| Dumped::of(record));
+            if record.state == full.socket.state {
+                full.dumped = dumped;
+            }
             if newer(full.event_ns, record) {
                 return None;
             }
@@ -154,6 +165,7 @@ impl Table {
             }
             full.socket.state = record.state;
             full.socket.established |= was_established(record.state);
+            full.dumped = dumped;
             full.stay = Stay {
                 since_ns: record.read_ns.1,
                 seen: false,
@@ -197,6 +209,7 @@ impl Table {
             seen: false,
         };
         let mut full = Full::new(socket, stay, 0);
+        full.dumped = Some(Dumped::of(record));
         if self.identity == Identity::AddressWithoutNetns {
             full.guess = full.socket.cookie.take();
             joins.guessed.push(key);

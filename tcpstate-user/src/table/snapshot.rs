@@ -69,6 +69,10 @@ pub struct Record {
     pub uid: Option<u32>,
     /// Inode of the socket's file; 0 where it has none: not accepted yet, orphaned, timewait, request.
     pub inode: u32,
+    /// As in [`Listed`](crate::model::Listed): received and not read, sent and not acknowledged. Nothing of a timewait
+    /// socket or a request.
+    pub recv_queue: u32,
+    pub send_queue: u32,
     /// What was left of a timewait socket's life, or until a request's next retransmission: nanoseconds, in
     /// the kernel's steps of a jiffy. `None` for full sockets: FIN_WAIT2 with a time is an orphan that lives
     /// on as a timewait socket.

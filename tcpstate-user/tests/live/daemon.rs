@@ -115,6 +115,10 @@ impl Metrics {
         *self.0.get(series).unwrap_or_else(|| panic!("no {series}"))
     }
 
+    pub fn has(&self, series: &str) -> bool {
+        self.0.contains_key(series)
+    }
+
     /// Over all series of the metric.
     pub fn sum(&self, metric: &str) -> f64 {
         let of_it = |name: &&String| name.split('{').next() == Some(metric);

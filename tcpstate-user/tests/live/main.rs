@@ -11,6 +11,7 @@ mod check;
 mod daemon;
 mod judge;
 mod lab;
+mod list;
 mod netns;
 mod owners;
 mod record;

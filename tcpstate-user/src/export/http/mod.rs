@@ -23,7 +23,7 @@ pub use serve::{Limits, Listeners, bind_tcp, serve};
 pub use unix::{BindError, DEFAULT_SOCKET, UnixSocket};
 
 use crate::export::prometheus;
-use crate::filter::Subscription;
+use crate::filter::{Selection, Subscription};
 use crate::model::{Line, Start};
 
 /// What the answers are made of.
@@ -40,6 +40,15 @@ pub trait Backend: Send + Sync + 'static {
     /// # Errors
     /// The stream can't be had; the reader is told why.
     fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal>;
+
+    /// The sockets that exist now, as a stream that ends.
+    ///
+    /// # Errors
+    /// The list can't be had; the reader is told why.
+    fn list(
+        &self,
+        selection: Selection,
+    ) -> impl Future<Output = Result<Subscribed, Refusal>> + Send;
 }
 
 /// A stream for one reader.
@@ -76,7 +85,9 @@ fn public<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
 
 /// What the Unix socket serves.
 fn local<B: Backend>(backend: Arc<B>, telemetry_path: &str) -> Router {
-    let paths = public_paths(telemetry_path).route("/v1/events", get(events::<B>));
+    let paths = public_paths(telemetry_path)
+        .route("/v1/events", get(events::<B>))
+        .route("/v1/sockets", get(sockets::<B>));
     with_refusals(paths).with_state(backend)
 }
 
@@ -120,9 +131,22 @@ async fn events<B: Backend>(
 ) -> Result<Response, Refusal> {
     let subscription = Subscription::from_query(query.as_deref().unwrap_or_default())
         .map_err(|error| Refusal::Bad(error.to_string()))?;
-    let lines = lines::Lines::new(backend.subscribe(subscription)?);
+    Ok(lines(backend.subscribe(subscription)?))
+}
+
+async fn sockets<B: Backend>(
+    State(backend): State<Arc<B>>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Refusal> {
+    let selection = Selection::from_query(query.as_deref().unwrap_or_default())
+        .map_err(|error| Refusal::Bad(error.to_string()))?;
+    Ok(lines(backend.list(selection).await?))
+}
+
+fn lines(subscribed: Subscribed) -> Response {
+    let lines = lines::Lines::new(subscribed);
     let kind = [(header::CONTENT_TYPE, "application/x-ndjson")];
-    Ok((kind, Body::new(lines)).into_response())
+    (kind, Body::new(lines)).into_response()
 }
 
 #[cfg(test)]

@@ -69,6 +69,21 @@ impl Backend for Fake {
             batches,
         })
     }
+
+    /// A list of two batches.
+    async fn list(&self, selection: Selection) -> Result<Subscribed, Refusal> {
+        if selection.netns.is_some() {
+            return Err(Refusal::Bad("not that namespace".to_owned()));
+        }
+        let (sender, batches) = mpsc::channel(2);
+        for count in [1, 2] {
+            sender.try_send(vec![line(count)]).unwrap();
+        }
+        Ok(Subscribed {
+            start: start(),
+            batches,
+        })
+    }
 }
 
 impl Fake {
@@ -245,7 +260,7 @@ async fn a_stream_that_can_not_be_is_refused_in_one_line() {
     let refused = served.events("netns=1").await.err().unwrap();
     assert_eq!(
         refused.to_string(),
-        "the daemon refuses the stream: not that namespace"
+        "the daemon refuses: not that namespace"
     );
     let _readers = (
         served.events("").await.unwrap(),
@@ -253,6 +268,32 @@ async fn a_stream_that_can_not_be_is_refused_in_one_line() {
     );
     let busy = served.get_local("/v1/events").await;
     assert_eq!((status(&busy), body(&busy)), ("503", "enough readers\n"));
+}
+
+#[tokio::test]
+async fn a_list_ends_behind_its_last_line() {
+    let served = Served::new(Limits::default()).await;
+    let ask = async |query: &str| {
+        let selection = Selection::from_query(query).unwrap();
+        Events::list(&served.socket, &selection).await
+    };
+    let mut list = ask("state=listen&min-age=1m").await.unwrap();
+    let mut lines = Vec::new();
+    while let Some(more) = timeout(SOON, list.next()).await.unwrap().unwrap() {
+        lines.extend(more);
+    }
+    assert_eq!(lines, [Line::Start(start()), line(1), line(2)]);
+    let refused = ask("netns=1").await.err().unwrap();
+    assert_eq!(
+        refused.to_string(),
+        "the daemon refuses: not that namespace"
+    );
+    let bad = served.get_local("/v1/sockets?min-dwell=1s").await;
+    assert_eq!(status(&bad), "400");
+    assert!(
+        body(&bad).starts_with("unknown parameter `min-dwell`; known: state, port, "),
+        "{bad}"
+    );
 }
 
 #[tokio::test]

@@ -9,7 +9,8 @@ use tcpstate_common::TcpState;
 
 use super::{Label, Metric, Samples, Scrape};
 use crate::model::view::{
-    CommView, Counted, EVENT_LOSSES, FAILURE_REASONS, Feature, GAUGE_STATES, Program, StateCounts,
+    CommView, Counted, EVENT_LOSSES, FAILURE_REASONS, Feature, GAUGE_STATES, MIN_AGES, Program,
+    StateCounts,
 };
 use crate::model::{End, Named, Role};
 use crate::stats::timed_states;
@@ -36,6 +37,43 @@ pub static METRICS: &[Metric] = &[
         samples: |scrape, samples| {
             for comm in comms(scrape) {
                 push_states(samples, Some(&comm.comm), &comm.sockets);
+            }
+        },
+    },
+    Metric {
+        name: "tcpstate_process_sockets_aged",
+        kind: GAUGE,
+        labels: &[
+            COMM,
+            STATE,
+            Label {
+                name: "min_age",
+                values: Some(|| MIN_AGES.map(|(name, _)| name.to_owned()).into()),
+            },
+        ],
+        help: "TCP sockets that have been in their state for at least so long; values of min_age nest.",
+        samples: |scrape, samples| {
+            for comm in comms(scrape) {
+                for (at, state) in states().enumerate() {
+                    for ((min_age, _), counts) in MIN_AGES.iter().zip(&comm.aged.counts) {
+                        samples.push_count(&[&comm.comm, &state, min_age], counts[at]);
+                    }
+                }
+            }
+        },
+    },
+    Metric {
+        name: "tcpstate_process_oldest_state_entry_timestamp_seconds",
+        kind: GAUGE,
+        labels: &[COMM, STATE],
+        help: "When the socket that has been in the state for longest entered it, Unix time.",
+        samples: |scrape, samples| {
+            for comm in comms(scrape) {
+                for (state, oldest_ns) in states().zip(comm.aged.oldest_ns) {
+                    if let Some(ns) = oldest_ns {
+                        samples.push(&[&comm.comm, &state], ns as f64 / 1e9);
+                    }
+                }
             }
         },
     },

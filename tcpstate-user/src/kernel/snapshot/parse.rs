@@ -247,6 +247,8 @@ impl<'a> Found<'a> {
             state,
             uid: self.full.then(|| u32::from_ne_bytes(message.uid)),
             inode: u32::from_ne_bytes(message.inode),
+            recv_queue: u32::from_ne_bytes(message.receive_queue),
+            send_queue: u32::from_ne_bytes(message.send_queue),
             expires_ns: (!self.full)
                 .then(|| u64::from(u32::from_ne_bytes(message.expires_ms)) * 1_000_000),
             read_ns,

@@ -263,3 +263,41 @@ fn a_socket_whose_close_was_lost_is_not_the_next_with_its_ends() {
     assert_eq!(watched.states(), BTreeMap::from([(10, ESTABLISHED)]));
     assert_eq!(watched.table.corrections(), [0, 0, 1, 1]);
 }
+
+impl Watched {
+    fn recv_queues(&self) -> Vec<Option<u32>> {
+        self.table.rows(0, 0).map(|row| row.recv_queue).collect()
+    }
+}
+
+#[test]
+fn of_sockets_that_are_alike_none_has_a_queue_by_guess() {
+    for identity in WITHOUT_COOKIES {
+        // The second was there before its events.
+        for known in [&[listen(identity, 8)][..], &[]] {
+            let mut watched = run(identity, known);
+            for time in [1000, 2000] {
+                watched.reconcile(&dump(time, time, vec![listening(time, 8)]));
+                assert_eq!(watched.recv_queues(), [Some(7)], "{identity:?}");
+            }
+        }
+        let mut watched = run(identity, &[listen(identity, 8), listen(identity, 9)]);
+        for time in [1000, 2000] {
+            let records = vec![listening(time, 8), listening(time, 9)];
+            watched.reconcile(&dump(time, time, records));
+            assert_eq!(watched.recv_queues(), [None, None], "{identity:?}");
+        }
+    }
+}
+
+#[test]
+fn a_queue_stays_with_the_cookie_that_it_was_read_with() {
+    let mut watched = run(Identity::Address, &[listen(Identity::Address, 9)]);
+    // The first record is taken for the socket that is known, the second for another.
+    let records = vec![listening(1000, 8), listening(1000, 9)];
+    watched.reconcile(&dump(1000, 1000, records));
+    // It was the other way round.
+    watched.apply(&unlisten(Identity::Address, 2000, 9, true));
+    assert_eq!(watched.table.full.sockets().next().unwrap().cookie, Some(8));
+    assert_eq!(watched.recv_queues(), [None]);
+}

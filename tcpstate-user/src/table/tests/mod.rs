@@ -218,6 +218,8 @@ fn record(time_ms: u64, socket: u16, state: TcpState) -> Record {
         state,
         uid: Some(1000),
         inode: 1,
+        recv_queue: 7,
+        send_queue: 9,
         expires_ns: matches!(state, TIME_WAIT | NEW_SYN_RECV).then_some(30_000 * MS),
         read_ns: (time_ms * MS, time_ms * MS),
     }

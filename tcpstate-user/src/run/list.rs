@@ -1,0 +1,326 @@
+//! `tcpstate list`: the sockets that exist now, from a running daemon or from a tracer of its own, to stdout; and the
+//! lists that a tracer owes.
+
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow, bail};
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+
+use super::streams::Batch;
+use super::tracer::{self, Stopped, Tracer};
+use super::{attach, resolve, runtime, say, select, start, warn};
+use crate::cli::List;
+use crate::export::client::{ConnectError, Events, StreamError};
+use crate::export::http::DEFAULT_SOCKET;
+use crate::export::{LineWriter, Look, Rows, log};
+use crate::filter::{Inode, Selection};
+use crate::kernel::RingSize;
+use crate::model::{Line, Listed, NetnsSelection, Source};
+
+/// Each holds all its rows, some 30 MB for 100,000 sockets, until its reader has taken them.
+pub const MOST_LISTS: usize = 4;
+
+/// From one dump for lists to the next: dumps and sweeps take their time.
+const PAUSE_NS: u64 = 1_000_000_000;
+
+/// Lines that go to a reader together.
+const BATCH_LINES: usize = 1024;
+
+/// Longer than any list takes: no dump is due meanwhile.
+const RECONCILE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Where a list goes.
+pub type Reply = oneshot::Sender<Result<Vec<Listed>, NoList>>;
+
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum NoList {
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
+    #[error("no snapshot of the sockets: {0}")]
+    NoDump(String),
+}
+
+/// Lists that were asked for. Each waits for a dump of all sockets, and for a sweep over their holders after that.
+#[derive(Default)]
+pub struct Lists {
+    waiting: Vec<(Due, Selection, Reply)>,
+    /// No dump for lists before; `CLOCK_BOOTTIME`, nanoseconds.
+    next_ns: u64,
+}
+
+/// What a list waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    /// That a dump begins, …
+    Dump,
+    /// … that it ends, …
+    DumpEnd,
+    /// … that a sweep begins, …
+    Sweep,
+    /// … and that it ends.
+    SweepEnd,
+}
+
+impl Lists {
+    /// Tells when a dump is due. `dumping`: one is under way that will do.
+    pub fn ask(&mut self, selection: Selection, reply: Reply, dumping: bool) -> u64 {
+        let due = if dumping { Due::DumpEnd } else { Due::Dump };
+        self.waiting.push((due, selection, reply));
+        self.next_ns
+    }
+
+    pub fn dump_begins(&mut self, now_ns: u64) {
+        if self.advance(Due::Dump, Due::DumpEnd) {
+            self.next_ns = now_ns + PAUSE_NS;
+        }
+    }
+
+    /// Tells whether a sweep is due at once.
+    pub fn dumped(&mut self) -> bool {
+        self.advance(Due::DumpEnd, Due::Sweep)
+    }
+
+    pub fn dump_failed(&mut self, reason: &str) {
+        for (_, _, reply) in self
+            .waiting
+            .extract_if(.., |(due, ..)| matches!(due, Due::Dump | Due::DumpEnd))
+        {
+            // Who asked may have given up.
+            let _ = reply.send(Err(NoList::NoDump(reason.to_owned())));
+        }
+    }
+
+    pub fn sweep_begins(&mut self) {
+        self.advance(Due::Sweep, Due::SweepEnd);
+    }
+
+    /// Answers the lists whose sweep this was.
+    pub fn swept<R: Iterator<Item = Listed>>(&mut self, rows: impl Fn() -> R) {
+        for (_, selection, reply) in self
+            .waiting
+            .extract_if(.., |(due, ..)| *due == Due::SweepEnd)
+        {
+            let rows = rows();
+            // Rows are not copied while it grows; what is not used of it is never touched, and costs no memory.
+            let most = rows.size_hint().1.unwrap_or_default();
+            let mut listed = Vec::with_capacity(most);
+            listed.extend(rows.filter(|row| selection.matches(row)));
+            let _ = reply.send(Ok(listed));
+        }
+    }
+
+    fn advance(&mut self, from: Due, to: Due) -> bool {
+        let mut any = false;
+        for (due, ..) in &mut self.waiting {
+            if *due == from {
+                *due = to;
+                any = true;
+            }
+        }
+        any
+    }
+}
+
+/// A stream of the rows, which keeps its place until its reader has taken them.
+pub fn batches(rows: Vec<Listed>, place: OwnedSemaphorePermit) -> mpsc::Receiver<Batch> {
+    let (sender, batches) = mpsc::channel(1);
+    tokio::spawn(async move {
+        let _place = place;
+        let mut rows = rows.into_iter().map(Line::Socket);
+        while rows.len() > 0 {
+            let batch = rows.by_ref().take(BATCH_LINES).collect();
+            if sender.send(batch).await.is_err() {
+                break;
+            }
+        }
+    });
+    batches
+}
+
+pub fn run(args: &List) -> anyhow::Result<()> {
+    log::init_warnings()?;
+    let runtime = runtime(1)?;
+    {
+        let _entered = runtime.enter();
+        let mut interrupt = signal(SignalKind::interrupt()).context("can't wait for signals")?;
+        let mut terminate = signal(SignalKind::terminate()).context("can't wait for signals")?;
+        runtime.spawn(async move {
+            tokio::select! {
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            // What we attached goes with the process.
+            std::process::exit(0);
+        });
+    }
+    let lines = lines(args, &runtime)?;
+    let mut writer = LineWriter::new(args.output, Look::of_stdout(true), Rows::Sockets);
+    let mut out = io::stdout().lock();
+    let mut bytes = Vec::new();
+    for some in lines.chunks(BATCH_LINES) {
+        for line in some {
+            writer.write(line, &mut bytes);
+        }
+        match out.write_all(&bytes).and_then(|()| out.flush()) {
+            // Whoever read along has had enough.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            written => written.context("can't write to stdout")?,
+        }
+        bytes.clear();
+    }
+    Ok(())
+}
+
+/// From a daemon where there is one, else from a tracer of our own.
+fn lines(args: &List, runtime: &Runtime) -> anyhow::Result<Vec<Line>> {
+    if args.direct {
+        return runtime.block_on(direct(args));
+    }
+    let path = args.socket.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET));
+    let netns = resolve(args.netns)?;
+    let selection = Selection {
+        filter: args.filter.clone(),
+        netns: match netns {
+            NetnsSelection::All => None,
+            NetnsSelection::One(inode) => Some(Inode(inode)),
+        },
+    };
+    runtime.block_on(async {
+        match Events::list(path, &selection).await {
+            Ok(events) => daemon(path, netns, events).await,
+            Err(error) if args.socket.is_some() => Err(error.into()),
+            Err(ConnectError::NotFound(_)) => direct(args).await,
+            Err(ConnectError::NotServed(path)) => {
+                warn(format_args!(
+                    "nobody serves the socket {}; tracing directly",
+                    path.display()
+                ));
+                direct(args).await
+            }
+            // Who may load programs needs no daemon; who may not is told how to reach it.
+            Err(error @ (ConnectError::PermissionDenied(_) | ConnectError::Abandoned(_))) => {
+                direct(args).await.map_err(|_| error.into())
+            }
+            Err(error) => Err(error.into()),
+        }
+    })
+}
+
+/// All that a daemon lists: what it could not end is no list.
+async fn daemon(
+    path: &Path,
+    netns: NetnsSelection,
+    mut events: Events,
+) -> anyhow::Result<Vec<Line>> {
+    let path = path.display();
+    let traced = events.start().netns;
+    if traced != netns {
+        bail!(
+            "the daemon at {path} traces only network namespace {traced}; `--netns {traced}` lists that one, \
+             `--direct` works without the daemon"
+        );
+    }
+    let mut lines = Vec::new();
+    let broken = |error: StreamError| anyhow!("the daemon at {path} {error}");
+    while let Some(more) = events.next().await.map_err(broken)? {
+        lines.extend(more);
+    }
+    Ok(lines)
+}
+
+/// Traces until there is a list: a dump alone does not tell owners.
+async fn direct(args: &List) -> anyhow::Result<Vec<Line>> {
+    let netns = select(args.netns)?;
+    let session = attach(netns, RingSize::default(), args.attach)?;
+    let path = session.path();
+    let options = tracer::Options {
+        netns,
+        reconcile_interval: RECONCILE_INTERVAL,
+        // Nobody asks for the statistics.
+        max_comms: 0,
+    };
+    let (tracer, thread) = Tracer::start(session, options).context("can't start the tracer")?;
+    if !args.quiet {
+        say(format_args!(
+            "tracing directly ({path}), network namespaces: {netns}"
+        ));
+    }
+    let start = Line::Start(start(Source::Direct, netns)?);
+    let rows = tracer.list(Selection {
+        filter: args.filter.clone(),
+        netns: None,
+    });
+    let rows = rows.await?;
+    tracer.stop();
+    tokio::task::spawn_blocking(|| thread.join())
+        .await?
+        .map_err(|_| anyhow!("the tracer's thread failed"))?
+        .context("can't read the ring")?;
+    Ok(std::iter::once(start)
+        .chain(rows.into_iter().map(Line::Socket))
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Answer = oneshot::Receiver<Result<Vec<Listed>, NoList>>;
+
+    fn ask(lists: &mut Lists, dumping: bool) -> (u64, Answer) {
+        let (reply, answer) = oneshot::channel();
+        (lists.ask(Selection::default(), reply, dumping), answer)
+    }
+
+    /// Whether there is an answer when a sweep has ended.
+    fn swept(lists: &mut Lists, answer: &mut Answer) -> bool {
+        lists.swept(std::iter::empty);
+        answer.try_recv().is_ok_and(|rows| rows.is_ok())
+    }
+
+    #[test]
+    fn a_list_has_a_dump_and_then_a_sweep_of_its_own() {
+        let mut lists = Lists::default();
+        let (_, mut answer) = ask(&mut lists, false);
+        // Those that are under way began too early.
+        assert!(!lists.dumped());
+        assert!(!swept(&mut lists, &mut answer));
+        lists.dump_begins(1);
+        lists.sweep_begins();
+        assert!(!swept(&mut lists, &mut answer));
+        assert!(lists.dumped(), "a sweep is due");
+        assert!(!swept(&mut lists, &mut answer));
+        lists.sweep_begins();
+        assert!(swept(&mut lists, &mut answer));
+    }
+
+    #[test]
+    fn the_first_dump_will_do_and_the_next_but_one_waits_for_a_second() {
+        let mut lists = Lists::default();
+        let (due_ns, mut answer) = ask(&mut lists, true);
+        assert_eq!(due_ns, 0);
+        assert!(lists.dumped());
+        lists.sweep_begins();
+        assert!(swept(&mut lists, &mut answer));
+        let (due_ns, _) = ask(&mut lists, false);
+        assert_eq!(due_ns, 0);
+        lists.dump_begins(5);
+        // That was nobody's.
+        lists.dump_begins(9);
+        let (due_ns, _) = ask(&mut lists, false);
+        assert_eq!(due_ns, 5 + PAUSE_NS);
+    }
+
+    #[test]
+    fn a_dump_that_fails_is_told() {
+        let mut lists = Lists::default();
+        let (_, mut answer) = ask(&mut lists, false);
+        lists.dump_failed("no memory");
+        let error = answer.try_recv().unwrap().unwrap_err();
+        assert_eq!(error.to_string(), "no snapshot of the sockets: no memory");
+    }
+}
