@@ -314,13 +314,20 @@ impl Session {
         self.lost.get(&0, 0).map_err(io::Error::other)
     }
 
-    /// Transitions that the kernel did not show the program, since it was running already on that CPU; `None` where
-    /// the kernel does not count them (before 5.12).
+    /// What the kernel did not show the programs, since they were running already on that CPU; `None` where the kernel
+    /// does not count it (before 5.12).
     ///
     /// # Errors
-    /// Where the kernel does not give them.
+    /// Where the kernel does not give it.
     pub fn recursion_misses(&self) -> io::Result<Option<u64>> {
-        Ok(self.prog_info()?.recursion_misses())
+        let mut sum = Some(0);
+        for (_, program) in self.ebpf.programs() {
+            // The others are not loaded.
+            let Ok(fd) = program.fd() else { continue };
+            let missed = ProgInfo::of(fd.as_fd())?.recursion_misses();
+            sum = sum.zip(missed).map(|(sum, missed)| sum + missed);
+        }
+        Ok(sum)
     }
 
     /// Time spent in the program; `None` where the kernel's BPF statistics are off.

@@ -17,6 +17,7 @@ use crate::model::{Comm, Process};
 use crate::table::{Holder, Record};
 
 /// What a sweep found.
+#[derive(Debug, Default)]
 pub struct Swept {
     pub holders: Vec<Holder>,
     /// Network namespaces, by inode, with pids of who holds a socket there: they may lead to one that no dump has found.

@@ -689,11 +689,14 @@ impl State {
         self.next_sweep_ns = None;
         self.lists.sweep_begins();
         let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
+        // There a dump's sockets are joined with the table's by number only: which is which is not known.
+        let joins = session.path() != Path::Tracepoint;
         let (netns, leads) = (self.netns, self.leads());
         let sweep = move || {
             let started_ns = now_ns();
             let found = match iterator {
                 Some(file) => owner::by_iterator(file?)?,
+                None if !joins => Swept::default(),
                 None => {
                     let dump =
                         snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;

@@ -265,6 +265,7 @@ impl Table {
         if !event.has(FLAG_DEAD) {
             self.generations.closed(socket.id);
         }
+        socket.holders = None;
         let fate = timewait.map_or_else(|| fate(event), fate_of);
         socket.state = match fate {
             Fate::Gone => TcpState::CLOSE,

@@ -97,6 +97,10 @@ impl Table {
                 }
             }
         }
+        // Of what it does not show the count is unknown: not accepted, orphaned, or not ours to look into.
+        for socket in self.full.sockets_mut() {
+            socket.holders = None;
+        }
         for (cookie, (holder, count)) in found {
             let key = self.full.with_cookie(cookie);
             let Some(socket) = key.and_then(|key| self.full.socket_mut(key)) else {

@@ -64,7 +64,7 @@ impl Table {
         let doubtful =
             snapshot.states == StateMask::ALL && self.drop_full(snapshot, &seen_full, &mut sink);
         self.drop_mini(snapshot, &seen_mini, &mut sink);
-        if snapshot.whole_host {
+        if snapshot.whole_host && snapshot.states == StateMask::ALL {
             // The inode of a namespace that is gone may be another's, which no dump lists, once nothing is left in it.
             let sockets = self.full.sockets();
             let left: FxHashSet<u32> = sockets.filter_map(|socket| socket.netns).collect();

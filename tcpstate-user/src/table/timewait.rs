@@ -29,7 +29,7 @@ impl Table {
     /// An orphan in FIN_WAIT2 got its peer's FIN; or what is in TIME_WAIT stays so for its full time once more.
     fn set_again(&mut self, event: &TimeWait, sink: &mut impl FnMut(&Change<'_>)) {
         let Some(mini) = self.mini.get_mut(&event.cookie) else {
-            return;
+            return self.before_close(event);
         };
         mini.expires_ns = Some(event.time_ns + TIME_WAIT_NS);
         mini.event_ns = event.time_ns;
@@ -66,7 +66,7 @@ impl Table {
             .then(|| self.remove_mini(event.cookie))
             .flatten()
         else {
-            return;
+            return self.before_close(event);
         };
         if let Some(closed) = &mut self.closed {
             closed.timewait.insert(event.cookie, event.time_ns);
@@ -81,11 +81,25 @@ impl Table {
     }
 }
 
+impl Table {
+    /// The kernel shows the timewait socket to other CPUs before it closes the full one: a step can be told before the
+    /// →CLOSE that it follows.
+    fn before_close(&mut self, event: &TimeWait) {
+        self.full.change(event.cookie, |full| {
+            if full.timewait.is_some() {
+                full.timewait = Some(TcpState::from_kernel(event.state));
+            }
+        });
+    }
+}
+
 /// What becomes of a socket at its →CLOSE by what the kernel did just before.
 pub(super) fn fate_of(state: TcpState) -> Fate {
     match state {
         TcpState::TIME_WAIT => Fate::TimeWait,
         TcpState::FIN_WAIT2 => Fate::Orphan,
+        // It is over already.
+        TcpState::CLOSE => Fate::Gone,
         _ => Fate::Undecided,
     }
 }

@@ -5,6 +5,7 @@ mod events;
 mod identity;
 mod owners;
 mod properties;
+mod timewait;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
