@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 
+use super::clock;
 use super::list::{MOST_LISTS, batches};
 use super::tracer::{self, Tracer};
 use super::{attach, runtime, say, select, start};
@@ -110,7 +111,7 @@ impl Served {
             )));
         }
         Ok(Start {
-            time_ns: tracer::unix_now_ns(),
+            time_ns: clock::unix_now_ns(),
             netns,
             ..self.start.clone()
         })

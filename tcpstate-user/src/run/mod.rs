@@ -3,6 +3,7 @@
 //! Decides what is started, in which order, and with which status it ends; what each part does is its own.
 
 mod check;
+mod clock;
 mod daemon;
 mod list;
 mod proof;
@@ -160,7 +161,7 @@ fn attach(
 fn start(source: Source, netns: NetnsSelection) -> anyhow::Result<Start> {
     let boot_id = "/proc/sys/kernel/random/boot_id";
     Ok(Start {
-        time_ns: tracer::unix_now_ns(),
+        time_ns: clock::unix_now_ns(),
         host: rustix::system::uname()
             .nodename()
             .to_string_lossy()

@@ -3,6 +3,8 @@
 //! Everything else asks it by message and gets immutable answers. Nothing here waits but for the ring, its own
 //! tick and messages: at 240,000 events a second the default ring holds 150 ms.
 
+mod dumps;
+
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +12,6 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use rustc_hash::{FxHashMap, FxHashSet};
-use rustix::time::{ClockId, clock_gettime};
 use tcpstate_common::event::{FLAG_SOCKET_READ, FLAG_TASK};
 use tcpstate_common::{Event, SetState};
 use tokio::io::Interest;
@@ -18,17 +19,19 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
+use self::dumps::{Dump, Sweep, Unlisted, mini_states};
+use super::clock::{boot_to_unix_ns, now_ns};
 use super::list::{Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
 use crate::filter::{Selection, Subscription};
-use crate::kernel::netns::{Lead, NetnsError};
-use crate::kernel::snapshot::{self, SnapshotError};
+use crate::kernel::netns::Lead;
+use crate::kernel::snapshot::SnapshotError;
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, Program, View};
 use crate::model::{Comm, Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
-use crate::owner::{self, Containers, Swept, comm_of, in_initial_pid_namespace, names};
+use crate::owner::{Containers, comm_of, in_initial_pid_namespace};
 use crate::stats::Stats;
-use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table, Unreachable};
+use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -38,28 +41,8 @@ const BUDGET: usize = 8192;
 
 const SECOND_NS: u64 = 1_000_000_000;
 
-/// How old the count of what no event follows may be at a scrape.
-const MINI_AGE_NS: u64 = SECOND_NS;
-
 /// How long a scrape waits for a dump before it gets what there is.
 const SCRAPE_WAIT_NS: u64 = 2 * SECOND_NS;
-
-/// Between two sweeps lie at least as many times the time that one took.
-const SWEEP_PAUSE: u64 = 50;
-
-/// What no event follows to its end: half-open requests, and timewait sockets where the kernel shows no more than the
-/// tracepoint does.
-const fn mini_states(sees_timewait: bool) -> StateMask {
-    if sees_timewait {
-        StateMask::of(&[TcpState::NEW_SYN_RECV])
-    } else {
-        StateMask::of(&[
-            TcpState::TIME_WAIT,
-            TcpState::FIN_WAIT2,
-            TcpState::NEW_SYN_RECV,
-        ])
-    }
-}
 
 pub struct Options {
     pub netns: NetnsSelection,
@@ -88,20 +71,6 @@ enum Command {
     ),
     Swept(io::Result<Sweep>),
     Stop,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Dump {
-    /// Every state.
-    Full,
-    /// [`mini_states`].
-    Mini,
-}
-
-/// Who holds which sockets, and how long it took to find out.
-struct Sweep {
-    found: Swept,
-    took_ns: u64,
 }
 
 /// The tracer has ended.
@@ -507,266 +476,6 @@ impl State {
         }
     }
 
-    fn scrape(&mut self, reply: oneshot::Sender<Arc<View>>, session: &mut Session) {
-        let now_ns = now_ns();
-        self.drain_to(session, now_ns);
-        self.waiting.push((now_ns, reply));
-        if !self.is_ready() || now_ns < self.dumped_ns + MINI_AGE_NS {
-            self.answer(session);
-        } else if self.dump.is_none() {
-            self.begin_dump(Dump::Mini, now_ns);
-        }
-    }
-
-    fn list(&mut self, selection: Selection, reply: Reply) {
-        // The first dump is made anyway, and none is younger.
-        let dumping = self.dump == Some(Dump::Full) && !self.is_ready();
-        let due_ns = self.lists.ask(selection, reply, dumping);
-        if !dumping {
-            self.next_full_ns = self.next_full_ns.min(due_ns);
-        }
-    }
-
-    /// Where namespaces may be that nothing else leads to.
-    fn leads(&self) -> FxHashSet<Lead> {
-        if self.netns == NetnsSelection::All && self.pids_are_ours {
-            &self.table.owners_by_netns() | &self.swept_leads
-        } else {
-            FxHashSet::default()
-        }
-    }
-
-    /// A namespace that no dump knew of is looked for at once, but only once by the same leads.
-    fn lead(&mut self, leads: FxHashSet<Lead>, now_ns: u64) {
-        let all = self.netns == NetnsSelection::All && self.pids_are_ours;
-        let mut new = leads.difference(&self.swept_leads);
-        if all && new.any(|&(netns, _)| !self.table.lists(netns)) {
-            self.next_full_ns = now_ns;
-        }
-        self.swept_leads = leads;
-    }
-
-    const fn states(&self, dump: Dump) -> StateMask {
-        match dump {
-            Dump::Full => StateMask::ALL,
-            Dump::Mini => self.mini_states,
-        }
-    }
-
-    /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
-    fn begin_dump(&mut self, dump: Dump, now_ns: u64) {
-        let Some(commands) = self.commands.upgrade() else {
-            return;
-        };
-        if dump == Dump::Full {
-            self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
-        }
-        let (netns, first) = (self.netns, !self.is_ready());
-        let leads = self.leads();
-        let owners = if dump == Dump::Full && self.pids_are_ours {
-            self.table.owners()
-        } else {
-            FxHashSet::default()
-        };
-        let states = self.states(dump);
-        let begun = thread::Builder::new()
-            .name("dump".to_owned())
-            .spawn(move || {
-                if first {
-                    // Of what came before the attachment nothing may be unstored.
-                    thread::sleep(Duration::from_nanos(STORE_NS));
-                }
-                let result = snapshot::take(netns, states, leads);
-                // The tracer may have ended meanwhile.
-                let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
-            });
-        match begun {
-            Ok(_) => {
-                self.table.snapshot_begins();
-                self.dump = Some(dump);
-                if dump == Dump::Full {
-                    self.lists.dump_begins(now_ns);
-                }
-            }
-            Err(error) => self.dump_failed(&format!("can't start a thread: {error}"), now_ns),
-        }
-    }
-
-    fn dumped(
-        &mut self,
-        dump: Dump,
-        result: Result<Snapshot, SnapshotError>,
-        names: &FxHashMap<ProcessId, Comm>,
-        session: &mut Session,
-    ) {
-        self.dump = None;
-        let snapshot = match result {
-            Ok(snapshot) => snapshot,
-            // It was there before: it is gone, and its sockets with it.
-            Err(SnapshotError::Netns(NetnsError::NotFound { inode, .. })) if self.is_ready() => {
-                Snapshot {
-                    netns: vec![inode],
-                    started_ns: now_ns(),
-                    finished_ns: now_ns(),
-                    states: self.states(dump),
-                    ..Snapshot::default()
-                }
-            }
-            Err(error) => {
-                self.dump_failed(&error.to_string(), now_ns());
-                self.answer(session);
-                return;
-            }
-        };
-        self.drain_to(session, snapshot.finished_ns);
-        self.check_losses(session);
-        let mut tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        let doubtful = self.table.reconcile(&snapshot, &mut tell);
-        self.table.rename_owners(names, snapshot.finished_ns, tell);
-        if doubtful {
-            // What two dumps lack is gone: the second should not be long.
-            self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
-        }
-        self.streams.flush();
-        self.dumped_ns = snapshot.finished_ns;
-        self.dump_failure.clear();
-        self.health.reconciles += 1;
-        self.health.last_reconcile_duration_ns =
-            Some(snapshot.finished_ns.saturating_sub(snapshot.started_ns));
-        self.health.last_reconcile_success_ns = Some(
-            snapshot
-                .finished_ns
-                .saturating_add_signed(self.boot_to_unix_ns),
-        );
-        if snapshot.unreachable.len() > self.unreachable {
-            for Unreachable { netns, reason } in &snapshot.unreachable {
-                match netns {
-                    Some(inode) => tracing::warn!(
-                        "sockets of network namespace {inode} can't be listed: {reason}"
-                    ),
-                    None => tracing::warn!(
-                        "network namespaces may be missed, for some could not be read: {reason}"
-                    ),
-                }
-            }
-        }
-        self.unreachable = snapshot.unreachable.len();
-        if dump == Dump::Full {
-            self.tell_unlisted();
-            self.want_sweep(0);
-            if self.lists.dumped() {
-                self.next_sweep_ns = Some(0);
-            }
-        }
-        self.answer(session);
-    }
-
-    /// Says which namespaces have come to be known from events alone.
-    fn tell_unlisted(&mut self) {
-        let news = self.unlisted.news(self.table.unlisted());
-        if !news.is_empty() {
-            tracing::warn!(
-                "{} network namespaces can't be found, and what is in them is known from events only: {}",
-                news.len(),
-                shortened(&news)
-            );
-        }
-    }
-
-    fn want_sweep(&mut self, at_ns: u64) {
-        let at_ns = at_ns.max(self.sweep_pause_ns);
-        self.next_sweep_ns = Some(
-            self.next_sweep_ns
-                .map_or(at_ns, |next_ns| next_ns.min(at_ns)),
-        );
-    }
-
-    /// Has the holders of all sockets listed on a thread of their own.
-    fn begin_sweep(&mut self, session: &mut Session) {
-        let Some(commands) = self.commands.upgrade() else {
-            return;
-        };
-        self.next_sweep_ns = None;
-        self.lists.sweep_begins();
-        let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
-        // There a dump's sockets are joined with the table's by number only: which is which is not known.
-        let joins = session.path() != Path::Tracepoint;
-        let (netns, leads) = (self.netns, self.leads());
-        let sweep = move || {
-            let started_ns = now_ns();
-            let found = match iterator {
-                Some(file) => owner::by_iterator(file?)?,
-                None if !joins => Swept::default(),
-                None => {
-                    let dump =
-                        snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
-                    owner::by_proc(&dump.records)?
-                }
-            };
-            Ok(Sweep {
-                found,
-                took_ns: now_ns() - started_ns,
-            })
-        };
-        let begun = thread::Builder::new()
-            .name("sweep".to_owned())
-            .spawn(move || {
-                // The tracer may have ended meanwhile.
-                let _ = commands.send(Command::Swept(sweep()));
-            });
-        match begun {
-            Ok(_) => self.sweeping = true,
-            Err(error) => self.swept(Err(error), session),
-        }
-    }
-
-    fn swept(&mut self, result: io::Result<Sweep>, session: &mut Session) {
-        self.sweeping = false;
-        let now_ns = now_ns();
-        // What was accepted by then is in the ring, and what a list must not lack.
-        self.drain_to(session, now_ns);
-        let took_ns = match result {
-            Ok(sweep) => {
-                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-                self.table.swept(&sweep.found.holders, now_ns, tell);
-                self.streams.flush();
-                self.lead(sweep.found.leads, now_ns);
-                self.sweep_failure.clear();
-                sweep.took_ns
-            }
-            Err(error) => {
-                let reason = error.to_string();
-                // Once for each reason: it may come with every sweep.
-                if self.sweep_failure != reason {
-                    tracing::warn!("owners of sockets can't be looked up: {reason}");
-                    self.sweep_failure = reason;
-                }
-                SECOND_NS
-            }
-        };
-        self.sweep_pause_ns = now_ns + took_ns.saturating_mul(SWEEP_PAUSE);
-        if !self.is_ready() {
-            self.ready.store(true, Ordering::Release);
-        }
-        let (table, offset) = (&self.table, self.boot_to_unix_ns);
-        self.lists.swept(|| table.rows(now_ns, offset));
-    }
-
-    fn dump_failed(&mut self, reason: &str, now_ns: u64) {
-        self.table.snapshot_failed();
-        self.lists.dump_failed(reason);
-        self.health.reconcile_failures += 1;
-        if !self.is_ready() {
-            // Without the first one there are no gauges.
-            self.next_full_ns = now_ns + SECOND_NS;
-        }
-        // Once for each reason: it may come with every scrape.
-        if self.dump_failure != reason {
-            tracing::warn!("no snapshot of the sockets: {reason}");
-            reason.clone_into(&mut self.dump_failure);
-        }
-    }
-
     /// Gives all that wait the same view.
     fn answer(&mut self, session: &Session) {
         if self.waiting.is_empty() {
@@ -805,38 +514,6 @@ impl State {
     }
 }
 
-/// Network namespaces that sockets are in and no dump finds.
-#[derive(Default)]
-struct Unlisted {
-    /// At the last full dump, and whether they have been told. One that came to be during that dump is in none yet.
-    before: FxHashMap<u32, bool>,
-}
-
-impl Unlisted {
-    /// Those that were in `now` the last time too and have not been told, by inode.
-    fn news(&mut self, now: FxHashSet<u32>) -> Vec<u32> {
-        let before = std::mem::take(&mut self.before);
-        let mut news = Vec::new();
-        for inode in now {
-            let told = before.get(&inode).copied();
-            if told == Some(false) {
-                news.push(inode);
-            }
-            self.before.insert(inode, told.is_some());
-        }
-        news.sort_unstable();
-        news
-    }
-}
-
-/// The first few of them.
-fn shortened(inodes: &[u32]) -> String {
-    const FEW: usize = 8;
-    let shown: Vec<String> = inodes.iter().take(FEW).map(u32::to_string).collect();
-    let more = if inodes.len() > FEW { ", …" } else { "" };
-    shown.join(", ") + more
-}
-
 /// Where the table's changes go.
 fn tell<'a>(
     stats: &'a mut Stats,
@@ -871,60 +548,4 @@ fn transitions(counters: &Counters) -> Vec<(Option<TcpState>, Option<TcpState>, 
         cells.map(move |(to, &count)| (state(from), state(to), count))
     })
     .collect()
-}
-
-/// Unix time, nanoseconds.
-pub fn unix_now_ns() -> u64 {
-    nanoseconds(ClockId::Realtime).unsigned_abs()
-}
-
-/// `CLOCK_BOOTTIME`, nanoseconds.
-fn now_ns() -> u64 {
-    nanoseconds(ClockId::Boottime).unsigned_abs()
-}
-
-/// What to add to `CLOCK_BOOTTIME` for Unix time; changes where somebody sets the clock.
-///
-/// Of a few readings the tightest counts: an interruption between the two clocks would set all the times that are
-/// told with it off by its length.
-fn boot_to_unix_ns() -> i64 {
-    let reading = || {
-        let before = nanoseconds(ClockId::Boottime);
-        let unix = nanoseconds(ClockId::Realtime);
-        let after = nanoseconds(ClockId::Boottime);
-        (after - before, unix - (before + (after - before) / 2))
-    };
-    let (_, offset) = [reading(), reading(), reading(), reading()]
-        .into_iter()
-        .min()
-        .expect("there are four");
-    offset
-}
-
-fn nanoseconds(clock: ClockId) -> i64 {
-    let time = clock_gettime(clock);
-    time.tv_sec * 1_000_000_000 + time.tv_nsec
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Unlisted;
-
-    #[test]
-    fn a_namespace_that_two_dumps_do_not_find_is_told_once() {
-        let mut unlisted = Unlisted::default();
-        let steps: [(&[u32], &[u32]); 7] = [
-            (&[7, 8], &[]),
-            (&[9, 7, 8], &[7, 8]),
-            (&[9, 7], &[9]),
-            (&[9, 7], &[]),
-            // It was found, and then its inode is another's.
-            (&[], &[]),
-            (&[7], &[]),
-            (&[7], &[7]),
-        ];
-        for (now, news) in steps {
-            assert_eq!(unlisted.news(now.iter().copied().collect()), news);
-        }
-    }
 }

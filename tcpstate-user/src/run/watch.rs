@@ -14,8 +14,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout_at};
 
+use super::clock::unix_now_ns;
 use super::streams::Batch;
-use super::tracer::{self, Tracer, unix_now_ns};
+use super::tracer::{self, Tracer};
 use super::{attach, resolve, runtime, say, select, start, warn};
 use crate::cli::Watch;
 use crate::export::client::{self, ConnectError, Events, StreamError};

@@ -1,0 +1,376 @@
+//! When dumps and sweeps are made, and what comes of them: at the start, regularly, after a loss, and where a scrape or a
+//! list wants one.
+//!
+//! Each is made on a thread of its own: namespaces are a thread's, and it takes long.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
+
+use rustc_hash::{FxHashMap, FxHashSet};
+use tokio::sync::oneshot;
+
+use super::{Command, SECOND_NS, State, tell};
+use crate::filter::Selection;
+use crate::kernel::netns::{Lead, NetnsError};
+use crate::kernel::snapshot::{self, SnapshotError};
+use crate::kernel::{Path, Session};
+use crate::model::view::View;
+use crate::model::{Comm, NetnsSelection, ProcessId, TcpState};
+use crate::owner::{self, Swept, names};
+use crate::run::clock::now_ns;
+use crate::run::list::Reply;
+use crate::table::{STORE_NS, Snapshot, StateMask, Unreachable};
+
+/// How old the count of what no event follows may be at a scrape.
+const MINI_AGE_NS: u64 = SECOND_NS;
+
+/// Between two sweeps lie at least as many times the time that one took.
+const SWEEP_PAUSE: u64 = 50;
+
+/// What no event follows to its end: half-open requests, and timewait sockets where the kernel shows no more than the
+/// tracepoint does.
+pub(super) const fn mini_states(sees_timewait: bool) -> StateMask {
+    if sees_timewait {
+        StateMask::of(&[TcpState::NEW_SYN_RECV])
+    } else {
+        StateMask::of(&[
+            TcpState::TIME_WAIT,
+            TcpState::FIN_WAIT2,
+            TcpState::NEW_SYN_RECV,
+        ])
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dump {
+    /// Every state.
+    Full,
+    /// [`mini_states`].
+    Mini,
+}
+
+/// Who holds which sockets, and how long it took to find out.
+pub(super) struct Sweep {
+    found: Swept,
+    took_ns: u64,
+}
+
+impl State {
+    pub(super) fn scrape(&mut self, reply: oneshot::Sender<Arc<View>>, session: &mut Session) {
+        let now_ns = now_ns();
+        self.drain_to(session, now_ns);
+        self.waiting.push((now_ns, reply));
+        if !self.is_ready() || now_ns < self.dumped_ns + MINI_AGE_NS {
+            self.answer(session);
+        } else if self.dump.is_none() {
+            self.begin_dump(Dump::Mini, now_ns);
+        }
+    }
+
+    pub(super) fn list(&mut self, selection: Selection, reply: Reply) {
+        // The first dump is made anyway, and none is younger.
+        let dumping = self.dump == Some(Dump::Full) && !self.is_ready();
+        let due_ns = self.lists.ask(selection, reply, dumping);
+        if !dumping {
+            self.next_full_ns = self.next_full_ns.min(due_ns);
+        }
+    }
+
+    /// Where namespaces may be that nothing else leads to.
+    fn leads(&self) -> FxHashSet<Lead> {
+        if self.netns == NetnsSelection::All && self.pids_are_ours {
+            &self.table.owners_by_netns() | &self.swept_leads
+        } else {
+            FxHashSet::default()
+        }
+    }
+
+    /// A namespace that no dump knew of is looked for at once, but only once by the same leads.
+    fn lead(&mut self, leads: FxHashSet<Lead>, now_ns: u64) {
+        let all = self.netns == NetnsSelection::All && self.pids_are_ours;
+        let mut new = leads.difference(&self.swept_leads);
+        if all && new.any(|&(netns, _)| !self.table.lists(netns)) {
+            self.next_full_ns = now_ns;
+        }
+        self.swept_leads = leads;
+    }
+
+    const fn states(&self, dump: Dump) -> StateMask {
+        match dump {
+            Dump::Full => StateMask::ALL,
+            Dump::Mini => self.mini_states,
+        }
+    }
+
+    /// Has the kernel's sockets listed on a thread of their own: namespaces are a thread's, and it takes long.
+    pub(super) fn begin_dump(&mut self, dump: Dump, now_ns: u64) {
+        let Some(commands) = self.commands.upgrade() else {
+            return;
+        };
+        if dump == Dump::Full {
+            self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
+        }
+        let (netns, first) = (self.netns, !self.is_ready());
+        let leads = self.leads();
+        let owners = if dump == Dump::Full && self.pids_are_ours {
+            self.table.owners()
+        } else {
+            FxHashSet::default()
+        };
+        let states = self.states(dump);
+        let begun = thread::Builder::new()
+            .name("dump".to_owned())
+            .spawn(move || {
+                if first {
+                    // Of what came before the attachment nothing may be unstored.
+                    thread::sleep(Duration::from_nanos(STORE_NS));
+                }
+                let result = snapshot::take(netns, states, leads);
+                // The tracer may have ended meanwhile.
+                let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
+            });
+        match begun {
+            Ok(_) => {
+                self.table.snapshot_begins();
+                self.dump = Some(dump);
+                if dump == Dump::Full {
+                    self.lists.dump_begins(now_ns);
+                }
+            }
+            Err(error) => self.dump_failed(&format!("can't start a thread: {error}"), now_ns),
+        }
+    }
+
+    pub(super) fn dumped(
+        &mut self,
+        dump: Dump,
+        result: Result<Snapshot, SnapshotError>,
+        names: &FxHashMap<ProcessId, Comm>,
+        session: &mut Session,
+    ) {
+        self.dump = None;
+        let snapshot = match result {
+            Ok(snapshot) => snapshot,
+            // It was there before: it is gone, and its sockets with it.
+            Err(SnapshotError::Netns(NetnsError::NotFound { inode, .. })) if self.is_ready() => {
+                Snapshot {
+                    netns: vec![inode],
+                    started_ns: now_ns(),
+                    finished_ns: now_ns(),
+                    states: self.states(dump),
+                    ..Snapshot::default()
+                }
+            }
+            Err(error) => {
+                self.dump_failed(&error.to_string(), now_ns());
+                self.answer(session);
+                return;
+            }
+        };
+        self.drain_to(session, snapshot.finished_ns);
+        self.check_losses(session);
+        let mut tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+        let doubtful = self.table.reconcile(&snapshot, &mut tell);
+        self.table.rename_owners(names, snapshot.finished_ns, tell);
+        if doubtful {
+            // What two dumps lack is gone: the second should not be long.
+            self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
+        }
+        self.streams.flush();
+        self.dumped_ns = snapshot.finished_ns;
+        self.dump_failure.clear();
+        self.health.reconciles += 1;
+        self.health.last_reconcile_duration_ns =
+            Some(snapshot.finished_ns.saturating_sub(snapshot.started_ns));
+        self.health.last_reconcile_success_ns = Some(
+            snapshot
+                .finished_ns
+                .saturating_add_signed(self.boot_to_unix_ns),
+        );
+        if snapshot.unreachable.len() > self.unreachable {
+            for Unreachable { netns, reason } in &snapshot.unreachable {
+                match netns {
+                    Some(inode) => tracing::warn!(
+                        "sockets of network namespace {inode} can't be listed: {reason}"
+                    ),
+                    None => tracing::warn!(
+                        "network namespaces may be missed, for some could not be read: {reason}"
+                    ),
+                }
+            }
+        }
+        self.unreachable = snapshot.unreachable.len();
+        if dump == Dump::Full {
+            self.tell_unlisted();
+            self.want_sweep(0);
+            if self.lists.dumped() {
+                self.next_sweep_ns = Some(0);
+            }
+        }
+        self.answer(session);
+    }
+
+    /// Says which namespaces have come to be known from events alone.
+    fn tell_unlisted(&mut self) {
+        let news = self.unlisted.news(self.table.unlisted());
+        if !news.is_empty() {
+            tracing::warn!(
+                "{} network namespaces can't be found, and what is in them is known from events only: {}",
+                news.len(),
+                shortened(&news)
+            );
+        }
+    }
+
+    pub(super) fn want_sweep(&mut self, at_ns: u64) {
+        let at_ns = at_ns.max(self.sweep_pause_ns);
+        self.next_sweep_ns = Some(
+            self.next_sweep_ns
+                .map_or(at_ns, |next_ns| next_ns.min(at_ns)),
+        );
+    }
+
+    /// Has the holders of all sockets listed on a thread of their own.
+    pub(super) fn begin_sweep(&mut self, session: &mut Session) {
+        let Some(commands) = self.commands.upgrade() else {
+            return;
+        };
+        self.next_sweep_ns = None;
+        self.lists.sweep_begins();
+        let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
+        // There a dump's sockets are joined with the table's by number only: which is which is not known.
+        let joins = session.path() != Path::Tracepoint;
+        let (netns, leads) = (self.netns, self.leads());
+        let sweep = move || {
+            let started_ns = now_ns();
+            let found = match iterator {
+                Some(file) => owner::by_iterator(file?)?,
+                None if !joins => Swept::default(),
+                None => {
+                    let dump =
+                        snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
+                    owner::by_proc(&dump.records)?
+                }
+            };
+            Ok(Sweep {
+                found,
+                took_ns: now_ns() - started_ns,
+            })
+        };
+        let begun = thread::Builder::new()
+            .name("sweep".to_owned())
+            .spawn(move || {
+                // The tracer may have ended meanwhile.
+                let _ = commands.send(Command::Swept(sweep()));
+            });
+        match begun {
+            Ok(_) => self.sweeping = true,
+            Err(error) => self.swept(Err(error), session),
+        }
+    }
+
+    pub(super) fn swept(&mut self, result: io::Result<Sweep>, session: &mut Session) {
+        self.sweeping = false;
+        let now_ns = now_ns();
+        // What was accepted by then is in the ring, and what a list must not lack.
+        self.drain_to(session, now_ns);
+        let took_ns = match result {
+            Ok(sweep) => {
+                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
+                self.table.swept(&sweep.found.holders, now_ns, tell);
+                self.streams.flush();
+                self.lead(sweep.found.leads, now_ns);
+                self.sweep_failure.clear();
+                sweep.took_ns
+            }
+            Err(error) => {
+                let reason = error.to_string();
+                // Once for each reason: it may come with every sweep.
+                if self.sweep_failure != reason {
+                    tracing::warn!("owners of sockets can't be looked up: {reason}");
+                    self.sweep_failure = reason;
+                }
+                SECOND_NS
+            }
+        };
+        self.sweep_pause_ns = now_ns + took_ns.saturating_mul(SWEEP_PAUSE);
+        if !self.is_ready() {
+            self.ready.store(true, Ordering::Release);
+        }
+        let (table, offset) = (&self.table, self.boot_to_unix_ns);
+        self.lists.swept(|| table.rows(now_ns, offset));
+    }
+
+    fn dump_failed(&mut self, reason: &str, now_ns: u64) {
+        self.table.snapshot_failed();
+        self.lists.dump_failed(reason);
+        self.health.reconcile_failures += 1;
+        if !self.is_ready() {
+            // Without the first one there are no gauges.
+            self.next_full_ns = now_ns + SECOND_NS;
+        }
+        // Once for each reason: it may come with every scrape.
+        if self.dump_failure != reason {
+            tracing::warn!("no snapshot of the sockets: {reason}");
+            reason.clone_into(&mut self.dump_failure);
+        }
+    }
+}
+
+/// Network namespaces that sockets are in and no dump finds.
+#[derive(Default)]
+pub(super) struct Unlisted {
+    /// At the last full dump, and whether they have been told. One that came to be during that dump is in none yet.
+    before: FxHashMap<u32, bool>,
+}
+
+impl Unlisted {
+    /// Those that were in `now` the last time too and have not been told, by inode.
+    fn news(&mut self, now: FxHashSet<u32>) -> Vec<u32> {
+        let before = std::mem::take(&mut self.before);
+        let mut news = Vec::new();
+        for inode in now {
+            let told = before.get(&inode).copied();
+            if told == Some(false) {
+                news.push(inode);
+            }
+            self.before.insert(inode, told.is_some());
+        }
+        news.sort_unstable();
+        news
+    }
+}
+
+/// The first few of them.
+fn shortened(inodes: &[u32]) -> String {
+    const FEW: usize = 8;
+    let shown: Vec<String> = inodes.iter().take(FEW).map(u32::to_string).collect();
+    let more = if inodes.len() > FEW { ", …" } else { "" };
+    shown.join(", ") + more
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Unlisted;
+
+    #[test]
+    fn a_namespace_that_two_dumps_do_not_find_is_told_once() {
+        let mut unlisted = Unlisted::default();
+        let steps: [(&[u32], &[u32]); 7] = [
+            (&[7, 8], &[]),
+            (&[9, 7, 8], &[7, 8]),
+            (&[9, 7], &[9]),
+            (&[9, 7], &[]),
+            // It was found, and then its inode is another's.
+            (&[], &[]),
+            (&[7], &[]),
+            (&[7], &[7]),
+        ];
+        for (now, news) in steps {
+            assert_eq!(unlisted.news(now.iter().copied().collect()), news);
+        }
+    }
+}
