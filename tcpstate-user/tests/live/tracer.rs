@@ -1,5 +1,6 @@
 //! The product as a child process: its lines as they come, its end.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -132,10 +133,31 @@ impl Tracer {
         });
         assert!(
             found,
-            "waited for {what}; the product wrote\n{}\nand said {:?}",
+            "waited for {what}; the product wrote\n{}\nand said {:?}; its threads: {}",
             self.stdout.lock().lines.join("\n"),
-            self.stderr.lock().lines
+            self.stderr.lock().lines,
+            self.threads()
         );
+    }
+
+    /// What each of its threads has done and waits for.
+    fn threads(&self) -> String {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id()));
+        let tasks = tasks.into_iter().flatten().flatten();
+        let task = |folder: PathBuf| {
+            let read = |name| fs::read_to_string(folder.join(name)).unwrap_or_default();
+            let status = read("status");
+            let switches = status.lines().filter(|line| line.contains("ctxt_switches"));
+            let switches: Vec<&str> = switches.collect();
+            format!(
+                "{} waits in {} after {switches:?}, system call {}",
+                read("comm").trim(),
+                read("wchan").trim(),
+                read("syscall").trim()
+            )
+        };
+        let told: Vec<String> = tasks.map(|entry| task(entry.path())).collect();
+        told.join("; ")
     }
 
     /// Waits, but not for ever, until what it wrote is enough.
