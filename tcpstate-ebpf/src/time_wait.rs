@@ -39,7 +39,8 @@ pub fn time_wait_set_again(ctx: FEntryContext) {
 }
 
 /// `tcp_twsk_destructor(sk)`, for a timewait socket that nothing refers to any more: its time is over, its peer reset it,
-/// its ends are used again, or somebody ended it. `inet_twsk_free`, which calls it, is inlined in some kernels (seen on 7.2).
+/// its ends are used again, or somebody ended it. `inet_twsk_free`, which calls it, is inlined in some kernels (seen on
+/// 7.2).
 #[fentry(function = "tcp_twsk_destructor")]
 pub fn time_wait_ends(ctx: FEntryContext) {
     // By its type a full socket: what both kinds have in common (`sock_common`) is all that may be read of it.
