@@ -19,7 +19,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
-use self::dumps::{Dump, Sweep, Unlisted, mini_states};
+use self::dumps::{Dump, Sweep, Unlisted};
 use super::clock::{boot_to_unix_ns, now_ns};
 use super::list::{Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
@@ -31,7 +31,7 @@ use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, Program, 
 use crate::model::{Comm, Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{Containers, comm_of, in_initial_pid_namespace};
 use crate::stats::Stats;
-use crate::table::{Change, Identity, STORE_NS, Snapshot, StateMask, Table};
+use crate::table::{Change, Identity, STORE_NS, Snapshot, Table};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -198,7 +198,6 @@ struct State {
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
-    mini_states: StateMask,
     sweeping: bool,
     /// When the next sweep is due; none while nothing asks for one.
     next_sweep_ns: Option<u64>,
@@ -266,7 +265,6 @@ impl State {
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,
-            mini_states: mini_states(session.time_wait().is_ok()),
             sweeping: false,
             next_sweep_ns: None,
             sweep_pause_ns: 0,

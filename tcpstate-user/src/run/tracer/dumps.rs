@@ -30,25 +30,19 @@ const MINI_AGE_NS: u64 = SECOND_NS;
 /// Between two sweeps lie at least as many times the time that one took.
 const SWEEP_PAUSE: u64 = 50;
 
-/// What no event follows to its end: half-open requests, and timewait sockets where the kernel shows no more than the
-/// tracepoint does.
-pub(super) const fn mini_states(sees_timewait: bool) -> StateMask {
-    if sees_timewait {
-        StateMask::of(&[TcpState::NEW_SYN_RECV])
-    } else {
-        StateMask::of(&[
-            TcpState::TIME_WAIT,
-            TcpState::FIN_WAIT2,
-            TcpState::NEW_SYN_RECV,
-        ])
-    }
-}
+/// What events don't follow to its end: half-open requests, and timewait sockets. Those also where fentry programs do: the
+/// kernel begins what it then has no room for (`tcp_max_tw_buckets`, memory), and only a dump shows that.
+const MINI_STATES: StateMask = StateMask::of(&[
+    TcpState::TIME_WAIT,
+    TcpState::FIN_WAIT2,
+    TcpState::NEW_SYN_RECV,
+]);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Dump {
     /// Every state.
     Full,
-    /// [`mini_states`].
+    /// [`MINI_STATES`].
     Mini,
 }
 
@@ -98,10 +92,10 @@ impl State {
         self.swept_leads = leads;
     }
 
-    const fn states(&self, dump: Dump) -> StateMask {
+    const fn states(dump: Dump) -> StateMask {
         match dump {
             Dump::Full => StateMask::ALL,
-            Dump::Mini => self.mini_states,
+            Dump::Mini => MINI_STATES,
         }
     }
 
@@ -120,7 +114,7 @@ impl State {
         } else {
             FxHashSet::default()
         };
-        let states = self.states(dump);
+        let states = Self::states(dump);
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -160,7 +154,7 @@ impl State {
                     netns: vec![inode],
                     started_ns: now_ns(),
                     finished_ns: now_ns(),
-                    states: self.states(dump),
+                    states: Self::states(dump),
                     ..Snapshot::default()
                 }
             }
