@@ -56,6 +56,8 @@ impl fmt::Debug for StateMask {
 pub struct Record {
     /// Never 0: a dump gives every socket a cookie.
     pub cookie: u64,
+    /// The address of the socket in the kernel; not every dump tells it.
+    pub address: Option<u64>,
     /// Inode of the network namespace.
     pub netns: u32,
     /// `Ipv4` for an IPv4 peer of a dual-stack socket too.

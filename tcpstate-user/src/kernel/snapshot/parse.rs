@@ -233,6 +233,7 @@ impl<'a> Found<'a> {
         Some(Record {
             cookie: u64::from(u32::from_ne_bytes(message.id.cookie[1])) << 32
                 | u64::from(u32::from_ne_bytes(message.id.cookie[0])),
+            address: None,
             netns,
             family: match telling {
                 IpAddr::V4(_) => Family::Ipv4,

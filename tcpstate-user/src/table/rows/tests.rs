@@ -41,6 +41,7 @@ fn record(time_ms: u64, cookie: u16, state: TcpState, inode: u32) -> Record {
     };
     Record {
         cookie: cookie.into(),
+        address: None,
         netns: NETNS,
         family: Family::Ipv4,
         local: end(cookie),

@@ -208,6 +208,7 @@ fn record(time_ms: u64, socket: u16, state: TcpState) -> Record {
     };
     Record {
         cookie: u64::from(socket),
+        address: None,
         netns: NETNS,
         family: Family::Ipv4,
         local,
