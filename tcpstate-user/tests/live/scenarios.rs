@@ -252,9 +252,13 @@ fn shut_read(lab: &mut Lab) {
 pub fn killed_server(lab: &mut Lab) {
     for ip in lab.addresses() {
         let (from_server, to_client) = sys::pipe().expect("a pipe");
+        let (from_client, to_server) = sys::pipe().expect("a pipe");
         let unbound = Tcp::bound(ip);
         let far = unbound.local();
-        let server = Fork::new(&[to_client.as_fd(), unbound.fd.as_fd()], || {
+        let keep = [to_client.as_fd(), from_client.as_fd(), unbound.fd.as_fd()];
+        let server = Fork::new(&keep, || {
+            // Not before it is the only one that holds the socket: a sweep would find the other, who was there first.
+            let _ = rustix::io::read(&from_client, &mut [0]);
             let listening = rustix::net::listen(&unbound.fd, 8).is_ok();
             let _ = rustix::io::write(&to_client, &[u8::from(listening)]);
             let accepted = rustix::net::accept(&unbound.fd);
@@ -264,7 +268,8 @@ pub fn killed_server(lab: &mut Lab) {
             }
         })
         .expect("a process");
-        drop((to_client, unbound));
+        drop((to_client, from_client, unbound));
+        drop(to_server);
         let mut reports = fs::File::from(from_server);
         let mut report = [0];
         reports.read_exact(&mut report).expect("the server lives");
