@@ -135,9 +135,9 @@ impl Backend for Served {
         self.tracer.ready()
     }
 
-    fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal> {
+    async fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal> {
         let start = self.start(subscription.netns)?;
-        let batches = self.tracer.subscribe(subscription);
+        let batches = self.tracer.subscribe(subscription).await;
         Ok(Subscribed {
             start,
             batches: batches.map_err(|error| Refusal::Busy(error.to_string()))?,

@@ -100,11 +100,11 @@ fn prove(session: Session, netns: NetnsSelection) -> anyhow::Result<(Option<u32>
         max_comms: 0,
     };
     let (tracer, thread) = Tracer::start(session, options).context("can't start the tracer")?;
-    let mut batches = tracer.subscribe(Subscription {
+    let mut batches = runtime.block_on(tracer.subscribe(Subscription {
         filter: Filter::default(),
         raw: false,
         netns: None,
-    })?;
+    }))?;
     thread::sleep(BEFORE);
     let mut tries = 0;
     let told = loop {

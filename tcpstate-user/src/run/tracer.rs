@@ -61,7 +61,7 @@ pub struct Tracer {
 
 enum Command {
     View(oneshot::Sender<Arc<View>>),
-    Subscribe(Box<Stream>),
+    Subscribe(Box<Stream>, oneshot::Sender<()>),
     List(Box<Selection>, Reply),
     /// With the names that owners have now, of a full dump.
     Dumped(
@@ -143,13 +143,19 @@ impl Tracer {
     ///
     /// # Errors
     /// [`NoStream`].
-    pub fn subscribe(&self, subscription: Subscription) -> Result<mpsc::Receiver<Batch>, NoStream> {
+    pub async fn subscribe(
+        &self,
+        subscription: Subscription,
+    ) -> Result<mpsc::Receiver<Batch>, NoStream> {
         let place = Arc::clone(&self.stream_places).try_acquire_owned();
         let place = place.map_err(|_| NoStream::TooMany)?;
         let (stream, batches) = Stream::new(subscription, now_ns(), place);
+        let (reply, added) = oneshot::channel();
         self.commands
-            .send(Command::Subscribe(Box::new(stream)))
+            .send(Command::Subscribe(Box::new(stream), reply))
             .map_err(|_| Stopped)?;
+        // The tracer may be draining, and take what happens next before it looks for commands.
+        added.await.map_err(|_| Stopped)?;
         Ok(batches)
     }
 
@@ -326,7 +332,11 @@ impl State {
 
     fn command(&mut self, command: Command, session: &mut Session) {
         match command {
-            Command::Subscribe(stream) => self.streams.add(*stream),
+            Command::Subscribe(stream, reply) => {
+                self.streams.add(*stream);
+                // Who asked may have given up: then the stream is closed, and forgotten.
+                let _ = reply.send(());
+            }
             Command::View(reply) => self.scrape(reply, session),
             Command::List(selection, reply) => self.list(*selection, reply),
             Command::Dumped(dump, result, names) => self.dumped(dump, result, &names, session),

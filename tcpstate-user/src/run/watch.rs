@@ -202,7 +202,7 @@ fn print(
 /// A daemon's stream where there is a daemon, else that of a tracer of our own; `None` where a signal came first.
 fn open(args: &Watch, runtime: &Runtime, signals: &mut Signals) -> anyhow::Result<Option<Feed>> {
     if args.direct {
-        return direct(args).map(Some);
+        return direct(args, runtime).map(Some);
     }
     let path = args.socket.as_deref().unwrap_or(Path::new(DEFAULT_SOCKET));
     let netns = resolve(args.netns)?;
@@ -230,17 +230,17 @@ fn open(args: &Watch, runtime: &Runtime, signals: &mut Signals) -> anyhow::Resul
     let feed = match connected {
         Ok(events) => daemon(args, path, netns, events),
         Err(error) if args.socket.is_some() => Err(error.into()),
-        Err(ConnectError::NotFound(_)) => direct(args),
+        Err(ConnectError::NotFound(_)) => direct(args, runtime),
         Err(ConnectError::NotServed(path)) => {
             warn(format_args!(
                 "nobody serves the socket {}; tracing directly",
                 path.display()
             ));
-            direct(args)
+            direct(args, runtime)
         }
         // Who may load programs needs no daemon; who may not is told how to reach it.
         Err(error @ (ConnectError::PermissionDenied(_) | ConnectError::Abandoned(_))) => {
-            direct(args).map_err(|_| error.into())
+            direct(args, runtime).map_err(|_| error.into())
         }
         Err(error) => Err(error.into()),
     };
@@ -272,7 +272,7 @@ fn daemon(
 }
 
 /// Traces on its own.
-fn direct(args: &Watch) -> anyhow::Result<Feed> {
+fn direct(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
     let netns = select(args.netns)?;
     let session = attach(netns, args.ring_size, args.attach)?;
     let path = session.path();
@@ -283,11 +283,11 @@ fn direct(args: &Watch) -> anyhow::Result<Feed> {
         max_comms: 0,
     };
     let (tracer, thread) = Tracer::start(session, options).context("can't start the tracer")?;
-    let batches = tracer.subscribe(Subscription {
+    let batches = runtime.block_on(tracer.subscribe(Subscription {
         filter: args.filter.clone(),
         raw: args.raw,
         netns: None,
-    })?;
+    }))?;
     let first = Some(vec![Line::Start(start(Source::Direct, netns)?)]);
     if !args.quiet {
         say(format_args!(

@@ -513,7 +513,7 @@ fn run() -> bool {
     let long = (short / SHORT_FOR_A_LONG / CLIENTS).max(4);
     let daemon = Daemon::start(&[]);
     let accepts = sees_accepts(&daemon.metrics());
-    let stream = Kept::new(daemon.events());
+    let stream = Kept::new(daemon.events(""));
     until("the stream begins", || stream.has(b"\"type\":\"start\""));
     let beside = Beside::start();
     let listeners = ENDS.map(|end| {

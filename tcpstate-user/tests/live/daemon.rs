@@ -76,11 +76,10 @@ impl Daemon {
         (status.parse().expect("a number"), body.to_owned())
     }
 
-    /// The lines of `/v1/events` from now on, after a head.
-    pub fn events(&self) -> UnixStream {
+    /// The lines of `/v1/events` from now on, after a head; `query` begins with a question mark where there is one.
+    pub fn events(&self, query: &str) -> UnixStream {
         let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
-        let request = "GET /v1/events HTTP/1.0\r\nHost: localhost\r\n\r\n";
-        write!(connection, "{request}").expect("sent");
+        write!(connection, "GET /v1/events{query} HTTP/1.0\r\n\r\n").expect("sent");
         connection
     }
 

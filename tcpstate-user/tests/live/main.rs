@@ -18,6 +18,7 @@ mod record;
 mod scenarios;
 mod six;
 mod sockets;
+mod stream;
 mod sweep;
 mod sys;
 mod timewait;

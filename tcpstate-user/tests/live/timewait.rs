@@ -22,7 +22,7 @@ fn must_follow() -> Option<bool> {
 }
 
 fn events(daemon: &Daemon) -> impl Iterator<Item = Value> + use<> {
-    let stream = daemon.events();
+    let stream = daemon.events("");
     stream
         .set_read_timeout(Some(Duration::from_secs(60)))
         .expect("a timeout");

@@ -39,7 +39,10 @@ pub trait Backend: Send + Sync + 'static {
 
     /// # Errors
     /// The stream can't be had; the reader is told why.
-    fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal>;
+    fn subscribe(
+        &self,
+        subscription: Subscription,
+    ) -> impl Future<Output = Result<Subscribed, Refusal>> + Send;
 
     /// The sockets that exist now, as a stream that ends.
     ///
@@ -131,7 +134,7 @@ async fn events<B: Backend>(
 ) -> Result<Response, Refusal> {
     let subscription = Subscription::from_query(query.as_deref().unwrap_or_default())
         .map_err(|error| Refusal::Bad(error.to_string()))?;
-    Ok(lines(backend.subscribe(subscription)?))
+    Ok(lines(backend.subscribe(subscription).await?))
 }
 
 async fn sockets<B: Backend>(

@@ -54,7 +54,7 @@ impl Backend for Fake {
         self.ready.load(Ordering::Relaxed)
     }
 
-    fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal> {
+    async fn subscribe(&self, subscription: Subscription) -> Result<Subscribed, Refusal> {
         if subscription.netns.is_some() {
             return Err(Refusal::Bad("not that namespace".to_owned()));
         }
