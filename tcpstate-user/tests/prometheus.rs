@@ -109,6 +109,7 @@ fn rich() -> View {
             comm_overflow: 3,
             dwell_discarded: vec![("start_unseen", 9), ("lost", 0), ("mismatch", 1)],
             corrections: vec![("event", 1), ("state", 0), ("found", 2), ("gone", 0)],
+            owner_lookups: vec![("connect", 60), ("accept", 0), ("sweep", 7)],
             table_entries: 65,
         })),
     }

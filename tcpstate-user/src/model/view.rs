@@ -190,6 +190,8 @@ pub struct Counted {
     pub dwell_discarded: Vec<(&'static str, u64)>,
     /// With the names of `table::Correction`.
     pub corrections: Vec<(&'static str, u64)>,
+    /// With the names of [`OwnerSource`](super::OwnerSource).
+    pub owner_lookups: Vec<(&'static str, u64)>,
     pub table_entries: u64,
 }
 
