@@ -101,7 +101,10 @@ fn rich() -> View {
                 (Some(TcpState::CLOSE), None, 2),
                 (Some(TcpState::LISTEN), Some(TcpState::CLOSE), 0),
             ],
-            runs: vec![(Program::SetState, 123_456_792, 30_864_198_000)],
+            runs: vec![
+                (Program::SetState, 123_456_792, 30_864_198_000),
+                (Program::Sweep, 800_000, 40_000_000),
+            ],
         },
         counted: Some(Arc::new(Counted {
             sockets: [15, 1, 1, 0, 2, 3, 41, 0, 2, 0],

@@ -155,9 +155,23 @@ impl Feature {
 }
 
 named! {
+    /// Those that do one thing together, or in different kernels: the names of their functions begin with it.
     pub enum Program ("eBPF program") {
         /// At `sock:inet_sock_set_state`, whichever way it is attached.
         SetState = "set_state",
+        Accept = "accept",
+        TimeWait = "time_wait",
+        Sweep = "sweep",
+    }
+}
+
+impl Program {
+    #[must_use]
+    pub fn of(function: &str) -> Option<Self> {
+        let programs = Self::ALL.iter();
+        programs
+            .copied()
+            .find(|program| function.starts_with(program.name()))
     }
 }
 
@@ -200,7 +214,7 @@ pub struct Counted {
 pub struct KernelCounted {
     /// `(from, to, count)` in the kernel's order of states; a number that has no name is `None`.
     pub transitions: Vec<(Option<TcpState>, Option<TcpState>, u64)>,
-    /// Per program: runs, nanoseconds; empty while the kernel's BPF statistics are off.
+    /// Per program that is loaded: runs, nanoseconds; empty while the kernel's BPF statistics are off.
     pub runs: Vec<(Program, u64, u64)>,
 }
 
