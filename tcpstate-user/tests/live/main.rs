@@ -7,6 +7,7 @@
 
 mod attach;
 mod attribution;
+mod bench;
 mod check;
 mod daemon;
 mod judge;
@@ -18,7 +19,6 @@ mod record;
 mod scenarios;
 mod six;
 mod sockets;
-mod sweep;
 mod sys;
 mod timewait;
 mod tracer;
