@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd as _, BorrowedFd, IntoRawFd as _};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -229,6 +230,15 @@ impl Stream {
     }
 }
 
+/// Of those that are begun until `over`, in milliseconds.
+fn slowest<T>(over: &AtomicBool, mut work: impl FnMut() -> T) -> f64 {
+    let mut all = Costs::default();
+    while !over.load(Ordering::Relaxed) {
+        all.wait(&mut work);
+    }
+    all.time.into_iter().fold(0.0, f64::max)
+}
+
 /// How long lines and scrapes take while nothing is read anew, and while all sockets and their holders are.
 #[test]
 #[ignore = "measures, and has 100,000 sockets open, which others would feel"]
@@ -246,22 +256,23 @@ fn neither_snapshot_nor_sweep_stalls_lines_and_scrapes() {
             mut list,
         ]: [Costs; 5] = Default::default();
         for _ in 0..=ROUNDS {
+            // A scrape within a second of a snapshot makes none of its own.
+            thread::sleep(Duration::from_millis(1100));
             line.wait(|| stream.connect());
             scrape.wait(|| daemon.get("/metrics"));
-            let (daemon, list, busy_scrape) = (&daemon, &mut list, &mut busy_scrape);
-            thread::scope(|scope| {
-                // It shows nothing, but a snapshot and a sweep are made for it.
-                let nothing = "/v1/sockets?state=closing";
-                let listing = scope.spawn(|| list.wait(|| daemon.get(nothing)));
-                let scraping = scope.spawn(|| busy_scrape.wait(|| daemon.get("/metrics")));
-                let mut lines = Vec::new();
-                while !(listing.is_finished() && scraping.is_finished()) {
-                    let mut one = Costs::default();
-                    one.wait(|| stream.connect());
-                    lines.extend(one.time);
-                }
-                busy_line.time.push(lines.into_iter().fold(0.0, f64::max));
+            thread::sleep(Duration::from_millis(1100));
+            let (daemon, list, listed) = (&daemon, &mut list, AtomicBool::new(false));
+            let scraped = thread::scope(|scope| {
+                scope.spawn(|| {
+                    // It shows nothing, but a snapshot and a sweep are made for it.
+                    list.wait(|| daemon.get("/v1/sockets?state=closing"));
+                    listed.store(true, Ordering::Relaxed);
+                });
+                let scraping = scope.spawn(|| slowest(&listed, || daemon.get("/metrics")));
+                busy_line.time.push(slowest(&listed, || stream.connect()));
+                scraping.join().expect("scraped")
             });
+            busy_scrape.time.push(scraped);
         }
         let metrics = daemon.metrics();
         assert_eq!(metrics.sum("tcpstate_events_lost_total"), 0.0);
@@ -269,8 +280,8 @@ fn neither_snapshot_nor_sweep_stalls_lines_and_scrapes() {
         print_head();
         line.print("a line of the stream");
         busy_line.print("the slowest while the list is made");
-        scrape.print("a scrape");
-        busy_scrape.print("the same while the list is made");
+        scrape.print("a scrape, with its snapshot");
+        busy_scrape.print("the slowest while the list is made");
         list.print("the list: a snapshot and a sweep");
     });
 }
