@@ -1,6 +1,10 @@
 //! The iterator over all descriptors of all processes: which of them hold TCP sockets.
 //!
 //! Runs only while the user side reads its file. Its records go into that file, not into the ring.
+//!
+//! Of the time that 100,000 sockets take (6.18), a third is the kernel's way from file to file, and most of the rest is
+//! waiting for memory: `struct socket` and `struct sock` are in no cache. Records of 8 or 16 bytes instead of 40, or the
+//! stored cookie instead of the helper's, made it no faster that could be measured.
 
 use core::{ffi::c_void, mem::size_of};
 

@@ -101,7 +101,10 @@ fn rich() -> View {
                 (Some(TcpState::CLOSE), None, 2),
                 (Some(TcpState::LISTEN), Some(TcpState::CLOSE), 0),
             ],
-            runs: vec![(Program::SetState, 123_456_792, 30_864_198_000)],
+            runs: vec![
+                (Program::SetState, 123_456_792, 30_864_198_000),
+                (Program::Sweep, 800_000, 40_000_000),
+            ],
         },
         counted: Some(Arc::new(Counted {
             sockets: [15, 1, 1, 0, 2, 3, 41, 0, 2, 0],
@@ -109,6 +112,7 @@ fn rich() -> View {
             comm_overflow: 3,
             dwell_discarded: vec![("start_unseen", 9), ("lost", 0), ("mismatch", 1)],
             corrections: vec![("event", 1), ("state", 0), ("found", 2), ("gone", 0)],
+            owner_lookups: vec![("connect", 60), ("accept", 0), ("sweep", 7)],
             table_entries: 65,
         })),
     }

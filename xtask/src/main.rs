@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+mod bench;
 mod build;
 mod check;
 mod debian;
@@ -36,6 +37,8 @@ enum Command {
         /// Run only the tests whose name contains this
         filter: Option<String>,
     },
+    /// Measure what snapshots and sweeps of 100,000 sockets cost on this machine
+    Bench,
     /// Check format, lints, dependencies, imports and documentation
     Check,
     /// Run the live tests on Debian's kernels in QEMU; ends with `N passed, N failed`
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Build => build::release().map(drop),
         Command::Run { args } => run::product(&args),
         Command::Test { filter } => test::all(filter.as_deref()),
+        Command::Bench => bench::all(),
         Command::Check => check::all(),
         Command::Vm {
             kernel,

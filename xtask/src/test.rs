@@ -50,7 +50,7 @@ fn title(binary: &TestBinary) -> String {
 }
 
 /// The command that runs a test program: the live one as root, with the product's path.
-fn program(binary: &TestBinary, product: &Path) -> Result<Command> {
+pub fn program(binary: &TestBinary, product: &Path) -> Result<Command> {
     let path = host::path_with_tools()?;
     if !is_live(binary) {
         let mut command = Command::new(&binary.path);

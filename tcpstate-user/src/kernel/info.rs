@@ -10,6 +10,8 @@ use aya::maps::{Array, MapData, MapError, PerCpuArray};
 use tcpstate_common::counters::{SLOTS, STATES, transition_slot};
 use zerocopy::{FromZeros, IntoBytes};
 
+use crate::model::view::Program;
+
 /// All slots of one CPU.
 pub(super) type Block = [u64; SLOTS];
 
@@ -44,11 +46,10 @@ fn sum<'a>(cpus: impl Iterator<Item = &'a Block>) -> [[u64; STATES]; STATES] {
     sum
 }
 
-/// What the kernel measured of a program, while its BPF statistics were on.
+/// What the kernel measured of a program, or of several that do one thing together, while its BPF statistics were on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunStats {
-    /// The program's name, as in `bpftool prog`.
-    pub program: &'static str,
+    pub program: Program,
     pub run_time_ns: u64,
     pub run_count: u64,
 }

@@ -5,7 +5,7 @@ use std::{
     fmt,
     fs::File,
     io,
-    os::fd::{AsFd as _, AsRawFd, RawFd},
+    os::fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd},
     str::FromStr,
 };
 
@@ -22,7 +22,10 @@ use tcpstate_common::{
 };
 use zerocopy::IntoBytes as _;
 
-use crate::model::{Named as _, view::Feature};
+use crate::model::{
+    Named as _,
+    view::{Feature, Program},
+};
 
 use super::{
     btf::{self, Layout},
@@ -321,41 +324,52 @@ impl Session {
     /// Where the kernel does not give it.
     pub fn recursion_misses(&self) -> io::Result<Option<u64>> {
         let mut sum = Some(0);
-        for (_, program) in self.ebpf.programs() {
-            // The others are not loaded.
-            let Ok(fd) = program.fd() else { continue };
-            let missed = ProgInfo::of(fd.as_fd())?.recursion_misses();
+        for (_, fd) in self.loaded() {
+            let missed = ProgInfo::of(fd)?.recursion_misses();
             sum = sum.zip(missed).map(|(sum, missed)| sum + missed);
         }
         Ok(sum)
     }
 
-    /// Time spent in the program; `None` where the kernel's BPF statistics are off.
+    /// Time spent in the programs that are loaded; empty where the kernel's BPF statistics are off.
     ///
     /// # Errors
     /// Where the kernel does not give them.
-    pub fn run_stats(&self) -> io::Result<Option<RunStats>> {
+    pub fn run_stats(&self) -> io::Result<Vec<RunStats>> {
+        let mut all: Vec<RunStats> = Vec::new();
         if !info::stats_enabled() {
-            return Ok(None);
+            return Ok(all);
         }
-        let ProgInfo {
-            run_time_ns,
-            run_count,
-            ..
-        } = self.prog_info()?;
-        Ok(Some(RunStats {
-            program: self.path.program(),
-            run_time_ns,
-            run_count,
-        }))
+        for (function, fd) in self.loaded() {
+            let ProgInfo {
+                run_time_ns,
+                run_count,
+                ..
+            } = ProgInfo::of(fd)?;
+            let unnamed =
+                || io::Error::other(format!("nobody says what program {function} is for"));
+            let program = Program::of(function).ok_or_else(unnamed)?;
+            match all.iter_mut().find(|known| known.program == program) {
+                Some(known) => {
+                    known.run_time_ns += run_time_ns;
+                    known.run_count += run_count;
+                }
+                None => all.push(RunStats {
+                    program,
+                    run_time_ns,
+                    run_count,
+                }),
+            }
+        }
+        all.sort_unstable_by_key(|stats| stats.program as usize);
+        Ok(all)
     }
 
-    fn prog_info(&self) -> io::Result<ProgInfo> {
-        let program = self
-            .ebpf
-            .program(self.path.program())
-            .ok_or(io::ErrorKind::NotFound)?;
-        ProgInfo::of(program.fd().map_err(io::Error::other)?.as_fd())
+    /// With the names of their functions in `tcpstate-ebpf`.
+    fn loaded(&self) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
+        let programs = self.ebpf.programs();
+        // The others are not loaded.
+        programs.filter_map(|(function, program)| Some((function, program.fd().ok()?.as_fd())))
     }
 }
 

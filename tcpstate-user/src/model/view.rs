@@ -155,9 +155,23 @@ impl Feature {
 }
 
 named! {
+    /// Those that do one thing together, or in different kernels: the names of their functions begin with it.
     pub enum Program ("eBPF program") {
         /// At `sock:inet_sock_set_state`, whichever way it is attached.
         SetState = "set_state",
+        Accept = "accept",
+        TimeWait = "time_wait",
+        Sweep = "sweep",
+    }
+}
+
+impl Program {
+    #[must_use]
+    pub fn of(function: &str) -> Option<Self> {
+        let programs = Self::ALL.iter();
+        programs
+            .copied()
+            .find(|program| function.starts_with(program.name()))
     }
 }
 
@@ -190,6 +204,8 @@ pub struct Counted {
     pub dwell_discarded: Vec<(&'static str, u64)>,
     /// With the names of `table::Correction`.
     pub corrections: Vec<(&'static str, u64)>,
+    /// With the names of [`OwnerSource`](super::OwnerSource).
+    pub owner_lookups: Vec<(&'static str, u64)>,
     pub table_entries: u64,
 }
 
@@ -198,7 +214,7 @@ pub struct Counted {
 pub struct KernelCounted {
     /// `(from, to, count)` in the kernel's order of states; a number that has no name is `None`.
     pub transitions: Vec<(Option<TcpState>, Option<TcpState>, u64)>,
-    /// Per program: runs, nanoseconds; empty while the kernel's BPF statistics are off.
+    /// Per program that is loaded: runs, nanoseconds; empty while the kernel's BPF statistics are off.
     pub runs: Vec<(Program, u64, u64)>,
 }
 

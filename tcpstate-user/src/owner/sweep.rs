@@ -4,11 +4,11 @@
 //! Takes milliseconds to seconds, so not for a thread that has other work.
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
 
 use rustc_hash::{FxHashMap, FxHashSet};
-use zerocopy::FromBytes as _;
+use zerocopy::{FromZeros as _, IntoBytes as _};
 
 use super::comm::comm_of;
 use super::lookup::start_ns_of;
@@ -28,27 +28,41 @@ pub struct Swept {
 ///
 /// # Errors
 /// Where it can't be read to its end.
-pub fn by_iterator(mut file: File) -> io::Result<Swept> {
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes)?;
+pub fn by_iterator(file: File) -> io::Result<Swept> {
+    read(BufReader::with_capacity(READ_LEN, file))
+}
+
+/// As much as the kernel gives at once (`bpf_iter`'s buffer of 8 pages), so that it is copied but once.
+const READ_LEN: usize = 32 * 1024;
+
+fn read(mut records: impl BufRead) -> io::Result<Swept> {
     let mut holders = Holders::default();
     let mut leads = FxHashSet::default();
-    let mut rest = bytes.as_slice();
-    while let Ok((found, after)) = tcpstate_common::Holder::read_from_prefix(rest) {
-        rest = after;
-        let process = Process {
-            pid: found.tgid,
-            start_ns: found.start_ns,
-            comm: Some(Comm::from_kernel(found.comm)),
+    let mut last = None;
+    while !records.fill_buf()?.is_empty() {
+        let mut found = tcpstate_common::Holder::new_zeroed();
+        records.read_exact(found.as_mut_bytes()).map_err(|error| {
+            let expected = size_of::<tcpstate_common::Holder>();
+            io::Error::new(
+                error.kind(),
+                format!("no whole record of {expected} bytes in the sweep: {error}"),
+            )
+        })?;
+        let whose = (found.tgid, found.start_ns, found.netns);
+        // The descriptors of a process come together, but where its threads have tables of their own.
+        let at = match last {
+            Some((at, same)) if same == whose => at,
+            _ => {
+                leads.insert((found.netns, found.tgid));
+                holders.of(Process {
+                    pid: found.tgid,
+                    start_ns: found.start_ns,
+                    comm: Some(Comm::from_kernel(found.comm)),
+                })
+            }
         };
-        holders.add(process, found.cookie);
-        leads.insert((found.netns, found.tgid));
-    }
-    if !rest.is_empty() {
-        return Err(io::Error::other(format!(
-            "the sweep ends in the middle of a record: {} bytes too many",
-            rest.len()
-        )));
+        last = Some((at, whose));
+        holders.found[at].sockets.push(found.cookie);
     }
     Ok(Swept {
         holders: holders.list(),
@@ -95,7 +109,7 @@ fn descriptors(
     cookies: &FxHashMap<u32, u64>,
     holders: &mut Holders,
 ) -> io::Result<()> {
-    let mut held = Vec::new();
+    let mut held: Vec<u64> = Vec::new();
     for entry in fs::read_dir(folder.join("fd"))? {
         // A descriptor that was closed since is no reason to miss the others.
         let Ok(target) = entry.and_then(|entry| fs::read_link(entry.path())) else {
@@ -113,9 +127,8 @@ fn descriptors(
         start_ns: start_ns_of(folder).ok_or(io::ErrorKind::NotFound)?,
         comm: (comm[0] != 0).then(|| Comm::from_kernel(comm)),
     };
-    for cookie in held {
-        holders.add(process, cookie);
-    }
+    let at = holders.of(process);
+    holders.found[at].sockets.extend(held);
     Ok(())
 }
 
@@ -128,30 +141,42 @@ fn inode(target: &Path) -> Option<u32> {
     number.parse().ok()
 }
 
-/// By process; a socket once for each, however many descriptors it has.
 #[derive(Default)]
-struct Holders(FxHashMap<(u32, u64), (Process, FxHashSet<u64>)>);
+struct Holders {
+    /// A socket as often as it was found.
+    found: Vec<Holder>,
+    /// By pid and start: where a process is in `found`.
+    places: FxHashMap<(u32, u64), usize>,
+}
 
 impl Holders {
-    fn add(&mut self, process: Process, cookie: u64) {
+    /// Where the process is in `found`.
+    fn of(&mut self, process: Process) -> usize {
         let key = (process.pid, process.start_ns);
-        let (_, sockets) = self
-            .0
-            .entry(key)
-            .or_insert_with(|| (process, FxHashSet::default()));
-        sockets.insert(cookie);
+        *self.places.entry(key).or_insert_with(|| {
+            self.found.push(Holder {
+                process,
+                container: None,
+                sockets: Vec::new(),
+            });
+            self.found.len() - 1
+        })
     }
 
-    fn list(self) -> Vec<Holder> {
+    /// A socket once for each process, however many descriptors that has of it.
+    fn list(mut self) -> Vec<Holder> {
         let mut containers = Containers::new();
-        let holders = self.0.into_values();
-        holders
-            .map(|(process, sockets)| Holder {
-                process,
-                container: containers.container(process.pid, process.start_ns, 0),
-                sockets: sockets.into_iter().collect(),
-            })
-            .collect()
+        for Holder {
+            process,
+            container,
+            sockets,
+        } in &mut self.found
+        {
+            *container = containers.container(process.pid, process.start_ns, 0);
+            sockets.sort_unstable();
+            sockets.dedup();
+        }
+        self.found
     }
 }
 
@@ -168,20 +193,62 @@ mod tests {
         assert_eq!(inode(Path::new("socket:[99999999999]")), None);
     }
 
-    #[test]
-    fn two_descriptors_of_one_socket_are_one_holder() {
-        let process = Process {
-            pid: 7,
+    fn process(pid: u32) -> Process {
+        Process {
+            pid,
             start_ns: 1,
-            comm: None,
+            comm: Some(Comm::from_bytes(b"server")),
+        }
+    }
+
+    /// What the kernel side writes of a descriptor.
+    fn record(pid: u32, netns: u32, cookie: u64) -> Vec<u8> {
+        let mut comm = [0; 16];
+        comm[..6].copy_from_slice(b"server");
+        let record = tcpstate_common::Holder {
+            cookie,
+            start_ns: 1,
+            tgid: pid,
+            netns,
+            comm,
         };
-        let mut holders = Holders::default();
-        holders.add(process, 11);
-        holders.add(process, 11);
-        holders.add(process, 12);
-        let mut list = holders.list();
-        assert_eq!(list.len(), 1);
-        list[0].sockets.sort_unstable();
-        assert_eq!(list[0].sockets, [11, 12]);
+        record.as_bytes().to_vec()
+    }
+
+    fn holder(pid: u32, sockets: &[u64]) -> Holder {
+        Holder {
+            process: process(pid),
+            container: None,
+            sockets: sockets.to_vec(),
+        }
+    }
+
+    #[test]
+    fn a_process_is_one_holder_however_its_descriptors_come() {
+        const NOBODY: u32 = u32::MAX;
+        let records = [
+            record(NOBODY, 7, 12),
+            record(NOBODY, 7, 11),
+            record(NOBODY - 1, 7, 11),
+            // A thread with a table of its own, and a socket of another namespace.
+            record(NOBODY, 7, 11),
+            record(NOBODY, 8, 13),
+        ];
+        // However the bytes are cut.
+        for capacity in [1, 40, 41, READ_LEN] {
+            let swept = read(BufReader::with_capacity(capacity, &*records.concat()));
+            let swept = swept.expect("whole records");
+            let expected = [holder(NOBODY, &[11, 12, 13]), holder(NOBODY - 1, &[11])];
+            assert_eq!(swept.holders, expected);
+            let leads = [(7, NOBODY), (8, NOBODY), (7, NOBODY - 1)];
+            assert_eq!(swept.leads, leads.into_iter().collect());
+        }
+    }
+
+    #[test]
+    fn a_file_that_ends_within_a_record_is_an_error() {
+        let bytes = [record(1, 7, 11), record(1, 7, 12)].concat();
+        let error = read(&bytes[..bytes.len() - 1]).expect_err("a byte is missing");
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

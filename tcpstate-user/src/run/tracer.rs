@@ -27,7 +27,7 @@ use crate::filter::{Selection, Subscription};
 use crate::kernel::netns::Lead;
 use crate::kernel::snapshot::SnapshotError;
 use crate::kernel::{Counters, Drained, Path, Session};
-use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, Program, View};
+use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, View};
 use crate::model::{Comm, Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{Containers, comm_of, in_initial_pid_namespace};
 use crate::stats::Stats;
@@ -535,12 +535,12 @@ fn tell<'a>(
 }
 
 fn kernel_counted(session: &Session) -> io::Result<KernelCounted> {
-    let runs = session
-        .run_stats()?
-        .map(|stats| (Program::SetState, stats.run_count, stats.run_time_ns));
+    let runs = session.run_stats()?.into_iter();
     Ok(KernelCounted {
         transitions: transitions(&session.counters()?),
-        runs: runs.into_iter().collect(),
+        runs: runs
+            .map(|stats| (stats.program, stats.run_count, stats.run_time_ns))
+            .collect(),
     })
 }
 

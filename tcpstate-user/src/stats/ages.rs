@@ -36,7 +36,7 @@ impl Ages {
         // Others choose the names: the standard hasher, as in `names`.
         let mut known: HashMap<Option<Comm>, usize> = HashMap::new();
         let mut last = None;
-        for (Place { state, comm }, since_ns) in stays {
+        for (Place { state, comm, .. }, since_ns) in stays {
             let Some(state) = gauge_index(state) else {
                 continue;
             };
@@ -102,11 +102,19 @@ mod tests {
     /// Unix time is 5 s ahead.
     const OFFSET: i64 = 5 * SECOND as i64;
 
+    fn place(state: TcpState, comm: Option<Comm>) -> Place {
+        Place {
+            state,
+            comm,
+            source: comm.map(|_| OwnerSource::Connect),
+        }
+    }
+
     /// Sockets with their ages in seconds, and the statistics that were told of them.
     fn counted(stats: &mut Stats, now_ns: u64, sockets: &[(&str, TcpState, u64)]) -> Counted {
         let stays = sockets.iter().map(|&(comm, state, age)| {
             let comm = (!comm.is_empty()).then(|| Comm::from_bytes(comm.as_bytes()));
-            (Place { state, comm }, NOW - age * SECOND)
+            (place(state, comm), NOW - age * SECOND)
         });
         stats.age(now_ns, OFFSET, stays);
         stats.counted(now_ns, 0, [0; 4])
@@ -145,8 +153,8 @@ mod tests {
             dwell: Dwell::None,
             evidence: Evidence::Snapshot,
             end: None,
-            before: from.map(|state| Place { state, comm }),
-            after: to.map(|state| Place { state, comm }),
+            before: from.map(|state| place(state, comm)),
+            after: to.map(|state| place(state, comm)),
         });
     }
 

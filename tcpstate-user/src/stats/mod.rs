@@ -20,7 +20,7 @@ use self::dwell::Timed;
 use self::gauges::Gauges;
 use self::names::Names;
 use crate::model::view::{CommView, Counted, StateCounts, gauge_index};
-use crate::model::{Comm, Named, Role};
+use crate::model::{Comm, Named, OwnerSource, Role};
 use crate::table::{Change, Correction, Discard, Dwell, Place};
 
 pub use self::dwell::timed_states;
@@ -40,6 +40,8 @@ pub struct Stats {
     timed: Timed,
     /// By [`Discard::ALL`].
     discarded: [u64; Discard::ALL.len()],
+    /// By [`OwnerSource::ALL`].
+    owners: [u64; OwnerSource::ALL.len()],
 }
 
 /// A gauge, as a socket's place addresses it: the owner's name, and the state's index.
@@ -61,6 +63,7 @@ impl Stats {
             ages: Ages::default(),
             timed: Timed::new(false),
             discarded: [0; Discard::ALL.len()],
+            owners: [0; OwnerSource::ALL.len()],
         }
     }
 
@@ -70,6 +73,7 @@ impl Stats {
     }
 
     pub fn apply(&mut self, change: &Change<'_>) {
+        self.count_owner(change);
         let (before, after) = (gauge(change.before), gauge(change.after));
         match (before, after) {
             (Some((from, left)), Some((to, entered))) if from == to => {
@@ -138,6 +142,7 @@ impl Stats {
             comm_overflow: self.names.overflow,
             dwell_discarded: by_name::<Discard, _>(self.discarded),
             corrections: by_name::<Correction, _>(corrections),
+            owner_lookups: by_name::<OwnerSource, _>(self.owners),
             table_entries,
         }
     }
@@ -182,6 +187,15 @@ impl Stats {
                     self.none.note_state(to);
                 }
             }
+        }
+    }
+
+    /// Of the socket, and not of where it counts now: one that is gone can have come to be known by its close.
+    fn count_owner(&mut self, change: &Change<'_>) {
+        let source = change.socket.owner.map(|owner| owner.source);
+        let before = change.before.and_then(|before| before.source);
+        if let Some(source) = source.filter(|_| source != before) {
+            self.owners[source as usize] += 1;
         }
     }
 

@@ -44,6 +44,7 @@ fn place(socket: &Socket) -> Option<Place> {
     (!gone).then_some(Place {
         state: socket.state,
         comm: socket.owner.and_then(|owner| owner.process.comm),
+        source: socket.owner.map(|owner| owner.source),
     })
 }
 
@@ -101,6 +102,50 @@ fn a_page_begins_with_sockets_without_owner_alone() {
     let counted = at(&mut Stats::new(2), 0);
     assert_eq!(labels(&counted), [NONE]);
     assert_eq!(counted.sockets, [0; 10]);
+}
+
+/// How often owners came to be known in each way.
+fn owners(stats: &mut Stats) -> Vec<(&'static str, u64)> {
+    let lookups = at(stats, 0).owner_lookups;
+    lookups
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .collect()
+}
+
+#[test]
+fn an_owner_counts_when_it_comes_to_be_known_and_again_by_another_way() {
+    let mut stats = Stats::new(2);
+    let nobodys = socket(None, TcpState::ESTABLISHED);
+    stats.apply(&change(1, None, &nobodys));
+    assert_eq!(owners(&mut stats), []);
+    let owned = |source, state| {
+        let mut socket = socket(Some("server"), state);
+        socket.owner.as_mut().expect("it has one").source = source;
+        socket
+    };
+    let [waiting, accepted, closing, closed] = [
+        owned(OwnerSource::Listener, TcpState::ESTABLISHED),
+        owned(OwnerSource::Accept, TcpState::ESTABLISHED),
+        owned(OwnerSource::Accept, TcpState::CLOSE_WAIT),
+        owned(OwnerSource::Accept, TcpState::CLOSE),
+    ];
+    stats.apply(&change(2, Some(&nobodys), &waiting));
+    stats.apply(&change(3, Some(&waiting), &accepted));
+    stats.apply(&change(4, Some(&accepted), &closing));
+    stats.apply(&change(5, Some(&closing), &closed));
+    assert_eq!(owners(&mut stats), [("accept", 1), ("listener", 1)]);
+
+    // One that nobody owned until its close told of somebody.
+    let closed = owned(OwnerSource::Closer, TcpState::CLOSE);
+    stats.apply(&change(6, None, &nobodys));
+    stats.apply(&change(7, Some(&nobodys), &closed));
+    let all = [("accept", 1), ("listener", 1), ("closer", 1)];
+    assert_eq!(owners(&mut stats), all);
+    // Nobody's again, as after a disconnect and a connect by the kernel itself.
+    stats.apply(&change(8, None, &waiting));
+    stats.apply(&change(9, Some(&waiting), &nobodys));
+    assert_eq!(owners(&mut stats)[1], ("listener", 2));
 }
 
 #[test]

@@ -169,7 +169,7 @@ pub(super) fn own_by(socket: &mut Socket, known: Option<Known>) {
     }
 }
 
-/// Sets the owner, and tells it where that changes where the socket is counted.
+/// Sets the owner, and tells it where that changes where the socket is counted, or how its owner is known.
 fn give(socket: &mut Socket, known: Known, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
     let before = Place::of(socket);
     own_by(socket, Some(known));

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use tcpstate_common::TcpState;
 
 use crate::model::{
-    Comm, ConnectionId, End, Endpoint, Evidence, Family, Owner, Role, Transition, named,
+    Comm, ConnectionId, End, Endpoint, Evidence, Family, Owner, OwnerSource, Role, Transition,
+    named,
 };
 
 /// One socket, or what the kernel keeps of it in TIME_WAIT, or a half-open request.
@@ -28,12 +29,14 @@ pub struct Socket {
     pub established: bool,
 }
 
-/// Where the gauges count a socket.
+/// Where the gauges count a socket, and how it is known whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     pub state: TcpState,
     /// Name of the owner.
     pub comm: Option<Comm>,
+    /// `None` where there is no owner.
+    pub source: Option<OwnerSource>,
 }
 
 impl Place {
@@ -41,6 +44,7 @@ impl Place {
         Self {
             state: socket.state,
             comm: socket.owner.and_then(|owner| owner.process.comm),
+            source: socket.owner.map(|owner| owner.source),
         }
     }
 }

@@ -66,7 +66,7 @@ impl Daemon {
     }
 
     /// Status and body.
-    fn get(&self, path: &str) -> (u16, String) {
+    pub fn get(&self, path: &str) -> (u16, String) {
         let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
         write!(connection, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("sent");
         let mut answer = String::new();
@@ -222,6 +222,66 @@ fn what_a_full_ring_loses_is_counted_and_repaired() {
             ];
             left.iter().all(|state| metrics.state(state) == 0.0) && metrics.state("listen") == 1.0
         });
+    });
+}
+
+/// The kernel's BPF statistics, on; put back at the end.
+struct BpfStats(String);
+
+impl BpfStats {
+    const FILE: &str = "kernel/bpf_stats_enabled";
+
+    fn on() -> Self {
+        let before = fs::read_to_string(format!("/proc/sys/{}", Self::FILE));
+        let before = before.expect("/proc is mounted");
+        sys::set_sysctl(Self::FILE, "1").expect("a sysctl");
+        Self(before)
+    }
+}
+
+impl Drop for BpfStats {
+    fn drop(&mut self) {
+        sys::set_sysctl(Self::FILE, &self.0).expect("a sysctl");
+    }
+}
+
+/// Each program that this kernel loads has its runs told, and no other.
+pub fn runs_of_programs_are_told() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&[]);
+        let runs = "tcpstate_ebpf_runs_total";
+        assert_eq!(daemon.metrics().sum(runs), 0.0);
+        let stats = BpfStats::on();
+        let listener = Tcp::listening(LOOPBACK, 8);
+        let pairs: Vec<(Tcp, Tcp)> = (0..5)
+            .map(|_| (Tcp::connected(listener.local()), listener.accept()))
+            .collect();
+        // One side after the other, so that there are TIME_WAITs.
+        let (clients, servers): (Vec<Tcp>, Vec<Tcp>) = pairs.into_iter().unzip();
+        drop(clients);
+        drop(servers);
+        assert_eq!(daemon.get("/v1/sockets").0, 200);
+        let metrics = daemon.metrics();
+        let feature =
+            |name: &str| metrics.get(&format!("tcpstate_kernel_feature{{feature=\"{name}\"}}"));
+        // Of the listener one transition, of each connection four or more on either side.
+        for (program, loaded, least) in [
+            ("set_state", 1.0, 41.0),
+            ("accept", feature("accept_fexit"), 5.0),
+            ("time_wait", feature("time_wait_fentry"), 5.0),
+            ("sweep", feature("task_file_iter"), 1.0),
+        ] {
+            let series = format!("{runs}{{program=\"{program}\"}}");
+            let seconds = format!("tcpstate_ebpf_run_seconds_total{{program=\"{program}\"}}");
+            if loaded == 1.0 {
+                let told = metrics.get(&series);
+                assert!(told >= least, "{program}: {told} runs");
+                assert!(metrics.get(&seconds) > 0.0, "{program}: no time");
+            } else {
+                assert!(!metrics.has(&series) && !metrics.has(&seconds), "{program}");
+            }
+        }
+        drop(stats);
     });
 }
 

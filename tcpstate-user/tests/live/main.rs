@@ -7,6 +7,7 @@
 
 mod attach;
 mod attribution;
+mod bench;
 mod check;
 mod daemon;
 mod judge;
@@ -19,7 +20,6 @@ mod scenarios;
 mod six;
 mod sockets;
 mod stream;
-mod sweep;
 mod sys;
 mod timewait;
 mod tracer;

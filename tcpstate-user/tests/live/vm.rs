@@ -29,6 +29,11 @@ fn sockets_that_are_alike_are_counted() {
 }
 
 #[test]
+fn runs_of_programs_are_told() {
+    daemon::runs_of_programs_are_told();
+}
+
+#[test]
 fn what_follows_a_close_is_told() {
     timewait::is_followed();
 }

@@ -12,7 +12,7 @@ use crate::model::view::{
     CommView, Counted, EVENT_LOSSES, FAILURE_REASONS, Feature, GAUGE_STATES, MIN_AGES, Program,
     StateCounts,
 };
-use crate::model::{End, Named, Role};
+use crate::model::{End, Named, OwnerSource, Role};
 use crate::stats::timed_states;
 use crate::table::{Correction, Discard};
 
@@ -309,6 +309,20 @@ pub static METRICS: &[Metric] = &[
         samples: |scrape, samples| {
             if let Some(counted) = &scrape.view.counted {
                 samples.push_count(&[], counted.table_entries);
+            }
+        },
+    },
+    Metric {
+        name: "tcpstate_owner_lookups_total",
+        kind: COUNTER,
+        labels: &[Label {
+            name: "source",
+            values: Some(|| names(OwnerSource::ALL)),
+        }],
+        help: "Sockets whose owner came to be known, by how.",
+        samples: |scrape, samples| {
+            if let Some(counted) = &scrape.view.counted {
+                push_named(samples, &counted.owner_lookups);
             }
         },
     },

@@ -20,7 +20,7 @@ use super::{
     Change, Discard, Dwell, Identity, Place, Record, STORE_NS, Snapshot, Socket, StateMask, Table,
     Unreachable,
 };
-use crate::model::{Comm, End, Endpoint, Evidence, Family, OwnerSource, Role};
+use crate::model::{Comm, End, Endpoint, Evidence, Family, Named, OwnerSource, Role};
 
 const CLOSE: TcpState = TcpState::CLOSE;
 const LISTEN: TcpState = TcpState::LISTEN;
@@ -115,6 +115,8 @@ struct Watched {
     table: Table,
     seen: Vec<Seen>,
     gauges: BTreeMap<(TcpState, Option<Comm>), i64>,
+    /// Sockets by how their owner is known, added up the same way.
+    sources: BTreeMap<Option<&'static str>, i64>,
 }
 
 impl Watched {
@@ -123,14 +125,21 @@ impl Watched {
             table: Table::new(identity),
             seen: Vec::new(),
             gauges: BTreeMap::new(),
+            sources: BTreeMap::new(),
         }
     }
 
     fn take(&mut self, change: impl FnOnce(&mut Table, &mut dyn FnMut(&Change<'_>))) {
-        let (seen, gauges) = (&mut self.seen, &mut self.gauges);
+        let (seen, gauges, sources) = (&mut self.seen, &mut self.gauges, &mut self.sources);
         change(&mut self.table, &mut |change| {
             for (place, step) in [(change.before, -1), (change.after, 1)] {
-                if let Some(Place { state, comm }) = place {
+                if let Some(Place {
+                    state,
+                    comm,
+                    source,
+                }) = place
+                {
+                    *sources.entry(source.map(Named::name)).or_default() += step;
                     let gauge = gauges.entry((state, comm)).or_default();
                     *gauge += step;
                     assert!(*gauge >= 0, "gauge of {state} below 0 by {change:?}");
@@ -152,18 +161,28 @@ impl Watched {
         });
     }
 
-    /// The gauges added up from the changes are those of the sockets that the table holds.
+    /// The gauges added up from the changes are those of the sockets that the table holds: no change of a state, a name or
+    /// a source goes untold.
     fn check_gauges(&self) {
         let mut held: BTreeMap<_, i64> = BTreeMap::new();
+        let mut known: BTreeMap<_, i64> = BTreeMap::new();
         let full = self.table.full.sockets();
         let mini = self.table.mini.values().map(|mini| &mini.socket);
         for socket in full.chain(mini) {
-            let Place { state, comm } = Place::of(socket);
+            let Place {
+                state,
+                comm,
+                source,
+            } = Place::of(socket);
+            *known.entry(source.map(Named::name)).or_default() += 1;
             *held.entry((state, comm)).or_default() += 1;
         }
         let mut gauges = self.gauges.clone();
         gauges.retain(|_, count| *count != 0);
         assert_eq!(gauges, held);
+        let mut sources = self.sources.clone();
+        sources.retain(|_, count| *count != 0);
+        assert_eq!(sources, known);
     }
 
     fn shown(&self) -> Vec<(TcpState, TcpState)> {
