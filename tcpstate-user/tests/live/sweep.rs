@@ -13,7 +13,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tcpstate_user::kernel::{Netns, Options, RingSize, Session, snapshot};
 use tcpstate_user::model::NetnsSelection;
 use tcpstate_user::owner::{by_iterator, by_proc};
-use tcpstate_user::table::{Holder, StateMask};
+use tcpstate_user::table::{Holder, Identity, StateMask};
 
 use crate::daemon::in_namespace;
 use crate::sockets::Tcp;
@@ -141,7 +141,8 @@ fn a_sweep_of_100_000_sockets() {
             .expect("a dump of the sockets")
         });
         println!("the dump that /proc needs besides: {dumped}");
-        let (by_files, swept) = least(|| by_proc(&dump.records).expect("/proc is mounted"));
+        let (by_files, swept) =
+            least(|| by_proc(&dump.records, Identity::Cookie).expect("/proc is mounted"));
         check("by /proc", by_files, &swept.holders);
         assert!(by_kernel.time < by_files.time);
     });
