@@ -1,5 +1,6 @@
 //! The table against scripts of events and dumps; here what the scripts are made of.
 
+mod cost;
 mod dumps;
 mod events;
 mod identity;
