@@ -34,12 +34,12 @@ impl Owners {
         (time_ns >= since_ns).then_some(known)
     }
 
-    /// To be called when a socket is a connection now.
+    /// To be called when a socket is a connection now. Where accepts are seen, one that was taken from a listener's queue
+    /// is told, and until then nobody holds it.
     pub(super) fn established(&mut self, socket: &Socket) {
-        self.wanting |= match socket.owner {
-            None => true,
-            Some(owner) => owner.source == OwnerSource::Listener && !self.accepts,
-        };
+        let told = self.accepts && socket.role == Some(Role::Passive);
+        let known = |owner: Owner| owner.source != OwnerSource::Listener;
+        self.wanting |= !told && !socket.owner.is_some_and(known);
     }
 }
 

@@ -402,8 +402,11 @@ fn a_sweep_is_wanted_where_only_it_can_tell() {
     };
     assert!(wants(false, &opened));
     assert!(!wants(true, &opened));
-    // The listener is not known.
-    assert!(wants(true, &opened[1..]));
+    // Who listens is not known, or not which of several: its accept will tell all the same.
+    assert!(wants(false, &opened[1..]));
+    assert!(!wants(true, &opened[1..]));
+    // What it is, is not known: its beginning was lost.
+    assert!(wants(true, &opened[2..]));
     let connects = called(event(1, 7, CLOSE, SYN_SENT), WORKER, "curl");
     assert!(!wants(
         false,
