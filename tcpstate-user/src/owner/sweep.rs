@@ -14,7 +14,7 @@ use super::comm::comm_of;
 use super::lookup::start_ns_of;
 use super::{Containers, in_initial_pid_namespace};
 use crate::model::{Comm, Process};
-use crate::table::{Holder, Record};
+use crate::table::{Holder, Identity, Record};
 
 /// What a sweep found.
 #[derive(Debug, Default)]
@@ -24,7 +24,8 @@ pub struct Swept {
     pub leads: FxHashSet<(u32, u32)>,
 }
 
-/// `file`: the iterator's, as [`Session::begin_sweep`](crate::kernel::Session::begin_sweep) gives it.
+/// `file`: the iterator's, as [`Session::begin_sweep`](crate::kernel::Session::begin_sweep) gives it. It runs only where
+/// sockets have cookies.
 ///
 /// # Errors
 /// Where it can't be read to its end.
@@ -70,21 +71,21 @@ fn read(mut records: impl BufRead) -> io::Result<Swept> {
     })
 }
 
-/// By the descriptors in `/proc`, for sockets that `dump` shows. Processes that may not be looked into (that takes
-/// CAP_SYS_PTRACE) are left out.
+/// By the descriptors in `/proc`, for sockets that `dump` shows, as a table with that identity knows them. Processes that
+/// may not be looked into (that takes CAP_SYS_PTRACE) are left out.
 ///
 /// # Errors
 /// Where there is no `/proc`, or its pids are not those of the initial pid namespace.
-pub fn by_proc(dump: &[Record]) -> io::Result<Swept> {
+pub fn by_proc(dump: &[Record], identity: Identity) -> io::Result<Swept> {
     if !in_initial_pid_namespace() {
         return Err(io::Error::other(
             "tcpstate is not in the initial pid namespace, so /proc tells other pids",
         ));
     }
-    let cookies: FxHashMap<u32, u64> = dump
+    let keys: FxHashMap<u32, u64> = dump
         .iter()
         .filter(|record| record.inode != 0)
-        .map(|record| (record.inode, record.cookie))
+        .filter_map(|record| Some((record.inode, identity.key(record)?)))
         .collect();
     let mut holders = Holders::default();
     for entry in fs::read_dir("/proc")? {
@@ -94,7 +95,7 @@ pub fn by_proc(dump: &[Record]) -> io::Result<Swept> {
             .and_then(|name| name.to_str()?.parse().ok());
         if let Some(pid) = pid {
             // It may have gone, or not be ours to look into.
-            let _ = descriptors(pid, &folder, &cookies, &mut holders);
+            let _ = descriptors(pid, &folder, &keys, &mut holders);
         }
     }
     Ok(Swept {
@@ -106,7 +107,7 @@ pub fn by_proc(dump: &[Record]) -> io::Result<Swept> {
 fn descriptors(
     pid: u32,
     folder: &Path,
-    cookies: &FxHashMap<u32, u64>,
+    keys: &FxHashMap<u32, u64>,
     holders: &mut Holders,
 ) -> io::Result<()> {
     let mut held: Vec<u64> = Vec::new();
@@ -115,7 +116,7 @@ fn descriptors(
         let Ok(target) = entry.and_then(|entry| fs::read_link(entry.path())) else {
             continue;
         };
-        held.extend(inode(&target).and_then(|inode| cookies.get(&inode)));
+        held.extend(inode(&target).and_then(|inode| keys.get(&inode)));
     }
     if held.is_empty() {
         return Ok(());

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
+use rustc_hash::FxHashSet;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
@@ -98,19 +99,18 @@ impl Lists {
         self.advance(Due::Sweep, Due::SweepEnd);
     }
 
-    /// Answers the lists whose sweep this was.
-    pub fn swept<R: Iterator<Item = Listed>>(&mut self, rows: impl Fn() -> R) {
-        for (_, selection, reply) in self
+    /// The lists whose sweep this was: what they want of `sockets`, which they are to be given in parts.
+    pub fn swept(&mut self, sockets: usize) -> Vec<Listing> {
+        let due = self
             .waiting
-            .extract_if(.., |(due, ..)| *due == Due::SweepEnd)
-        {
-            let rows = rows();
+            .extract_if(.., |(due, ..)| *due == Due::SweepEnd);
+        due.map(|(_, selection, reply)| Listing {
+            selection,
+            reply,
             // Rows are not copied while it grows; what is not used of it is never touched, and costs no memory.
-            let most = rows.size_hint().1.unwrap_or_default();
-            let mut listed = Vec::with_capacity(most);
-            listed.extend(rows.filter(|row| selection.matches(row)));
-            let _ = reply.send(Ok(listed));
-        }
+            rows: Vec::with_capacity(sockets),
+        })
+        .collect()
     }
 
     fn advance(&mut self, from: Due, to: Due) -> bool {
@@ -123,6 +123,34 @@ impl Lists {
         }
         any
     }
+}
+
+/// A list that is being made.
+pub struct Listing {
+    selection: Selection,
+    rows: Vec<Listed>,
+    reply: Reply,
+}
+
+impl Listing {
+    pub fn part(&mut self, rows: impl Iterator<Item = Listed>) {
+        let rows = rows.filter(|row| self.selection.matches(row));
+        self.rows.extend(rows);
+    }
+
+    pub fn finish(self) {
+        // Who asked may have given up.
+        let _ = self.reply.send(Ok(self.rows));
+    }
+}
+
+/// In the order of a list; of two rows of one connection, which changed its kind between two parts, the later.
+pub fn settled(mut rows: Vec<Listed>) -> Vec<Listed> {
+    let mut met = FxHashSet::default();
+    rows.reverse();
+    rows.retain(|row| met.insert(row.id));
+    Listed::sort(&mut rows);
+    rows
 }
 
 /// A stream of the rows, which keeps its place until its reader has taken them.
@@ -268,6 +296,7 @@ async fn direct(args: &List) -> anyhow::Result<Vec<Line>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{ConnectionId, Endpoint, Family, TcpState};
 
     type Answer = oneshot::Receiver<Result<Vec<Listed>, NoList>>;
 
@@ -278,7 +307,10 @@ mod tests {
 
     /// Whether there is an answer when a sweep has ended.
     fn swept(lists: &mut Lists, answer: &mut Answer) -> bool {
-        lists.swept(std::iter::empty);
+        for mut listing in lists.swept(0) {
+            listing.part(std::iter::empty());
+            listing.finish();
+        }
         answer.try_recv().is_ok_and(|rows| rows.is_ok())
     }
 
@@ -313,6 +345,45 @@ mod tests {
         lists.dump_begins(9);
         let (due_ns, _) = ask(&mut lists, false);
         assert_eq!(due_ns, 5 + PAUSE_NS);
+    }
+
+    #[test]
+    fn of_two_rows_of_one_connection_the_later_counts() {
+        let row = |number, port, state| Listed {
+            time_ns: 0,
+            id: ConnectionId::Own(number),
+            cookie: None,
+            netns: None,
+            family: Family::Ipv4,
+            local: Endpoint {
+                addr: None,
+                port: Some(port),
+            },
+            remote: Endpoint::default(),
+            state,
+            since_ns: 0,
+            age_ns: 0,
+            age_exact: true,
+            role: None,
+            owner: None,
+            uid: None,
+            container: None,
+            orphan: None,
+            holders: None,
+            recv_queue: None,
+            send_queue: None,
+        };
+        let rows = settled(vec![
+            row(1, 9, TcpState::FIN_WAIT2),
+            row(2, 8, TcpState::ESTABLISHED),
+            row(1, 9, TcpState::TIME_WAIT),
+        ]);
+        let told: Vec<_> = rows.iter().map(|row| (row.id, row.state)).collect();
+        let expected = [(2, TcpState::ESTABLISHED), (1, TcpState::TIME_WAIT)];
+        assert_eq!(
+            told,
+            expected.map(|(id, state)| (ConnectionId::Own(id), state))
+        );
     }
 
     #[test]

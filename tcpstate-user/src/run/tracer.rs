@@ -4,14 +4,16 @@
 //! tick and messages: at 240,000 events a second the default ring holds 150 ms.
 
 mod dumps;
+mod work;
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use rustc_hash::{FxHashMap, FxHashSet};
+use rustc_hash::FxHashSet;
 use tcpstate_common::event::{FLAG_SOCKET_READ, FLAG_TASK};
 use tcpstate_common::{Event, SetState};
 use tokio::io::Interest;
@@ -19,19 +21,19 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 
-use self::dumps::{Dump, Sweep, Unlisted};
+use self::dumps::{Dump, DumpError, Swept, Unlisted};
+use self::work::Work;
 use super::clock::{boot_to_unix_ns, now_ns};
-use super::list::{Lists, NoList, Reply};
+use super::list::{self, Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
 use crate::filter::{Selection, Subscription};
 use crate::kernel::netns::Lead;
-use crate::kernel::snapshot::SnapshotError;
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, View};
-use crate::model::{Comm, Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
+use crate::model::{Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{Containers, comm_of, in_initial_pid_namespace};
-use crate::stats::Stats;
-use crate::table::{Change, Identity, STORE_NS, Snapshot, Table};
+use crate::stats::{AgeScan, Stats};
+use crate::table::{Change, Identity, Merge, STORE_NS, Table, Walk};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -63,13 +65,8 @@ enum Command {
     View(oneshot::Sender<Arc<View>>),
     Subscribe(Box<Stream>, oneshot::Sender<()>),
     List(Box<Selection>, Reply),
-    /// With the names that owners have now, of a full dump.
-    Dumped(
-        Dump,
-        Result<Snapshot, SnapshotError>,
-        FxHashMap<ProcessId, Comm>,
-    ),
-    Swept(io::Result<Sweep>),
+    Dumped(Dump, Result<Box<Merge>, DumpError>),
+    Swept(Box<Swept>),
     Stop,
 }
 
@@ -168,13 +165,10 @@ impl Tracer {
         self.commands
             .send(Command::List(Box::new(selection), reply))
             .map_err(|_| Stopped)?;
-        let mut rows = rows.await.map_err(|_| Stopped)??;
+        let rows = rows.await.map_err(|_| Stopped)??;
         // Not on the tracer's thread, and long enough to hold up a runtime's.
-        let sorted = tokio::task::spawn_blocking(move || {
-            Listed::sort(&mut rows);
-            rows
-        });
-        Ok(sorted.await.map_err(|_| Stopped)?)
+        let settled = tokio::task::spawn_blocking(move || list::settled(rows));
+        Ok(settled.await.map_err(|_| Stopped)?)
     }
 
     /// Waits for its end.
@@ -201,9 +195,12 @@ struct State {
     /// Scrapes that wait for a dump, and since when.
     waiting: Vec<(u64, oneshot::Sender<Arc<View>>)>,
     lists: Lists,
+    work: VecDeque<Work>,
+    /// What is being made or merged.
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
+    /// One is being made or taken in.
     sweeping: bool,
     /// When the next sweep is due; none while nothing asks for one.
     next_sweep_ns: Option<u64>,
@@ -211,6 +208,10 @@ struct State {
     sweep_pause_ns: u64,
     /// Of the last sweep.
     swept_leads: FxHashSet<Lead>,
+    /// Of the owners that the table knew at the last full dump.
+    owned_leads: FxHashSet<Lead>,
+    /// Owners whose names are due to be read again.
+    owners: FxHashSet<ProcessId>,
     reconcile_interval_ns: u64,
     /// Pids are here what they are in records.
     pids_are_ours: bool,
@@ -237,16 +238,11 @@ impl State {
         commands: mpsc::WeakUnboundedSender<Command>,
         ready: &Arc<AtomicBool>,
     ) -> Self {
-        let identity = match session.path() {
-            Path::TpBtf => Identity::Cookie,
-            Path::TpBtfNoCookie => Identity::Address,
-            Path::Tracepoint => Identity::AddressWithoutNetns,
-        };
         let features = session
             .features()
             .map(|(feature, in_use)| (feature, in_use.is_ok()))
             .collect();
-        let mut table = Table::new(identity);
+        let mut table = Table::new(identity(session));
         if session.accept().is_ok() {
             table.sees_accepts();
         }
@@ -268,6 +264,7 @@ impl State {
             commands,
             waiting: Vec::new(),
             lists: Lists::default(),
+            work: VecDeque::new(),
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,
@@ -275,6 +272,8 @@ impl State {
             next_sweep_ns: None,
             sweep_pause_ns: 0,
             swept_leads: FxHashSet::default(),
+            owned_leads: FxHashSet::default(),
+            owners: FxHashSet::default(),
             reconcile_interval_ns: u64::try_from(options.reconcile_interval.as_nanos())
                 .unwrap_or(u64::MAX),
             pids_are_ours: in_initial_pid_namespace(),
@@ -313,7 +312,10 @@ impl State {
                     self.drain(ring.get_mut());
                     self.tick(ring.get_mut());
                 }
-                () = std::future::ready(()), if self.more => self.drain(ring.get_mut()),
+                () = std::future::ready(()), if self.more || !self.work.is_empty() => {
+                    self.drain(ring.get_mut());
+                    self.work(ring.get_ref());
+                }
                 readable = ring.readable_mut() => {
                     let mut guard = readable?;
                     self.drain(guard.get_inner_mut());
@@ -339,8 +341,8 @@ impl State {
             }
             Command::View(reply) => self.scrape(reply, session),
             Command::List(selection, reply) => self.list(*selection, reply),
-            Command::Dumped(dump, result, names) => self.dumped(dump, result, &names, session),
-            Command::Swept(result) => self.swept(result, session),
+            Command::Dumped(dump, result) => self.dumped(dump, result, session),
+            Command::Swept(swept) => self.swept(swept, session),
             Command::Stop => {}
         }
     }
@@ -484,11 +486,22 @@ impl State {
         }
     }
 
-    /// Gives all that wait the same view.
+    /// Gives all that wait the same view, once it is known how old sockets are.
     fn answer(&mut self, session: &Session) {
+        let now_ns = now_ns();
         if self.waiting.is_empty() {
             return;
         }
+        if !self.is_ready() || self.stats.ages_are_fresh(now_ns) {
+            self.answer_now(session);
+        } else if !self.work.iter().any(|work| matches!(work, Work::Ages(..))) {
+            // Before what takes longer.
+            let work = Work::Ages(AgeScan::new(now_ns), Walk::default());
+            self.work.push_front(work);
+        }
+    }
+
+    fn answer_now(&mut self, session: &Session) {
         let view = Arc::new(self.view(session));
         for (_, reply) in self.waiting.drain(..) {
             // Who asked may have given up.
@@ -501,10 +514,7 @@ impl State {
         let counted = self.is_ready().then(|| {
             let entries = self.table.len() as u64;
             let corrections = self.table.corrections();
-            let now_ns = now_ns();
-            self.stats
-                .age(now_ns, self.boot_to_unix_ns, self.table.stays());
-            let counted: Counted = self.stats.counted(now_ns, entries, corrections);
+            let counted: Counted = self.stats.counted(now_ns(), entries, corrections);
             Arc::new(counted)
         });
         View {
@@ -519,6 +529,15 @@ impl State {
             }),
             counted,
         }
+    }
+}
+
+/// By what sockets are told apart: what each event has, and each record of a dump too.
+fn identity(session: &Session) -> Identity {
+    match session.path() {
+        Path::TpBtf => Identity::Cookie,
+        // inet_diag, by which dumps are made, tells no address.
+        Path::TpBtfNoCookie | Path::Tracepoint => Identity::Ends,
     }
 }
 

@@ -7,7 +7,7 @@ use crate::model::Comm;
 use crate::model::view::{Aged, MIN_AGES, StateCounts, gauge_index};
 use crate::table::Place;
 
-/// A scan takes milliseconds of the thread that drains the ring, and anybody may scrape.
+/// A scan is work for the thread that drains the ring, and anybody may scrape.
 const FRESH_NS: u64 = 1_000_000_000;
 
 #[derive(Debug, Default)]
@@ -18,23 +18,32 @@ pub struct Ages {
     by_comm: HashMap<Arc<str>, Aged>,
 }
 
-impl Ages {
-    pub fn are_fresh(&self, now_ns: u64) -> bool {
-        self.scanned_ns.is_some_and(|at| now_ns < at + FRESH_NS)
+/// A look at how old sockets are, made in parts.
+#[derive(Debug)]
+pub struct AgeScan {
+    now_ns: u64,
+    aged: Vec<(Option<Comm>, Aged)>,
+    /// Where in `aged` a name is. Others choose the names: the standard hasher, as in `names`.
+    known: HashMap<Option<Comm>, usize>,
+}
+
+impl AgeScan {
+    /// `now_ns`: `CLOCK_BOOTTIME`.
+    #[must_use]
+    pub fn new(now_ns: u64) -> Self {
+        Self {
+            now_ns,
+            aged: Vec::new(),
+            known: HashMap::new(),
+        }
     }
 
-    /// `stays`: where each socket counts, and since when. `label`: what a name counts as.
-    pub fn scan(
-        &mut self,
-        now_ns: u64,
-        boot_to_unix_ns: i64,
-        stays: impl Iterator<Item = (Place, u64)>,
-        mut label: impl FnMut(Option<Comm>) -> Arc<str>,
-    ) {
-        self.scanned_ns = Some(now_ns);
-        let mut aged: Vec<(Arc<str>, Aged)> = Vec::new();
-        // Others choose the names: the standard hasher, as in `names`.
-        let mut known: HashMap<Option<Comm>, usize> = HashMap::new();
+    pub const fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    /// `stays`: where sockets count, and since when; each socket once in all parts.
+    pub fn part(&mut self, stays: impl Iterator<Item = (Place, u64)>) {
         let mut last = None;
         for (Place { state, comm, .. }, since_ns) in stays {
             let Some(state) = gauge_index(state) else {
@@ -43,25 +52,41 @@ impl Ages {
             // Sockets of one process are often neighbours.
             let at = match last {
                 Some((name, at)) if name == comm => at,
-                _ => *known.entry(comm).or_insert_with(|| {
-                    aged.push((label(comm), Aged::default()));
-                    aged.len() - 1
+                _ => *self.known.entry(comm).or_insert_with(|| {
+                    self.aged.push((comm, Aged::default()));
+                    self.aged.len() - 1
                 }),
             };
             last = Some((comm, at));
-            let (_, of_name) = &mut aged[at];
+            let (_, of_name) = &mut self.aged[at];
             let oldest = &mut of_name.oldest_ns[state];
             *oldest = Some(oldest.map_or(since_ns, |oldest| oldest.min(since_ns)));
-            let age_ns = now_ns.saturating_sub(since_ns);
+            let age_ns = self.now_ns.saturating_sub(since_ns);
             for ((_, min), counts) in MIN_AGES.iter().zip(&mut of_name.counts) {
                 if u128::from(age_ns) >= min.as_nanos() {
                     counts[state] += 1;
                 }
             }
         }
+    }
+}
+
+impl Ages {
+    pub fn are_fresh(&self, now_ns: u64) -> bool {
+        self.scanned_ns.is_some_and(|at| now_ns < at + FRESH_NS)
+    }
+
+    /// `label`: what a name counts as.
+    pub fn take(
+        &mut self,
+        scan: AgeScan,
+        boot_to_unix_ns: i64,
+        mut label: impl FnMut(Option<Comm>) -> Arc<str>,
+    ) {
+        self.scanned_ns = Some(scan.now_ns);
         self.by_comm.clear();
-        for (label, aged) in aged {
-            self.by_comm.entry(label).or_default().add(&aged);
+        for (comm, aged) in scan.aged {
+            self.by_comm.entry(label(comm)).or_default().add(&aged);
         }
         let unix_ns = |boot_ns: u64| boot_ns.saturating_add_signed(boot_to_unix_ns);
         for aged in self.by_comm.values_mut() {
@@ -116,7 +141,14 @@ mod tests {
             let comm = (!comm.is_empty()).then(|| Comm::from_bytes(comm.as_bytes()));
             (place(state, comm), NOW - age * SECOND)
         });
-        stats.age(now_ns, OFFSET, stays);
+        if !stats.ages_are_fresh(now_ns) {
+            let mut scan = AgeScan::new(now_ns);
+            let stays: Vec<_> = stays.collect();
+            for part in stays.chunks(2) {
+                scan.part(part.iter().copied());
+            }
+            stats.age(scan, OFFSET);
+        }
         stats.counted(now_ns, 0, [0; 4])
     }
 

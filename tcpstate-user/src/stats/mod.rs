@@ -23,6 +23,7 @@ use crate::model::view::{CommView, Counted, StateCounts, gauge_index};
 use crate::model::{Comm, Named, OwnerSource, Role};
 use crate::table::{Change, Correction, Discard, Dwell, Place};
 
+pub use self::ages::AgeScan;
 pub use self::dwell::timed_states;
 
 /// The label of sockets without owner.
@@ -93,27 +94,23 @@ impl Stats {
         }
     }
 
-    /// Looks how old sockets are, unless that was done within the last second.
+    /// Whether it was looked within the last second how old sockets are.
+    #[must_use]
+    pub fn ages_are_fresh(&self, now_ns: u64) -> bool {
+        self.ages.are_fresh(now_ns)
+    }
+
+    /// Takes how old sockets are.
     ///
-    /// `stays`: where each socket counts, and since when. `now_ns`: `CLOCK_BOOTTIME`; `boot_to_unix_ns`: what to add to
-    /// it for Unix time.
-    pub fn age(
-        &mut self,
-        now_ns: u64,
-        boot_to_unix_ns: i64,
-        stays: impl Iterator<Item = (Place, u64)>,
-    ) {
-        if self.ages.are_fresh(now_ns) {
-            return;
-        }
+    /// `boot_to_unix_ns`: what to add to `CLOCK_BOOTTIME` for Unix time.
+    pub fn age(&mut self, scan: AgeScan, boot_to_unix_ns: i64) {
         // As it does before the names are shown.
-        self.names.settle(now_ns);
+        self.names.settle(scan.now_ns());
         let names = &mut self.names;
-        self.ages
-            .scan(now_ns, boot_to_unix_ns, stays, |comm| match comm {
-                None => NONE.into(),
-                Some(comm) => names.label(comm).unwrap_or_else(|| OTHER.into()),
-            });
+        self.ages.take(scan, boot_to_unix_ns, |comm| match comm {
+            None => NONE.into(),
+            Some(comm) => names.label(comm).unwrap_or_else(|| OTHER.into()),
+        });
     }
 
     /// What has been counted, with what the table knows of itself.

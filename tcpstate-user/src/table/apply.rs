@@ -105,8 +105,12 @@ impl Table {
         let known = accepted.or_else(|| self.listener_of(first, &socket));
         own_by(&mut socket, known);
         let before = self.take_request(&socket).as_ref().map(Place::of);
+        let ends = self.tuple(&socket);
+        if let Some(closed) = &mut self.closed {
+            closed.mini(ends, first.time_ns);
+        }
         self.vacate(second, first.time_ns, sink);
-        self.reused(self.tuple(&socket), first.time_ns, sink);
+        self.reused(ends, first.time_ns, sink);
         sink(&child_change(
             first,
             &socket,
@@ -126,11 +130,8 @@ impl Table {
 
     /// The half-open request that became the child, and gave it its cookie.
     fn take_request(&mut self, child: &Socket) -> Option<Socket> {
-        let key = match child.cookie {
-            Some(cookie) => cookie,
-            None => *self.requests.get(&self.tuple(child))?,
-        };
-        let request = self.mini.get(&key)?;
+        let key = self.mini_of(TcpState::NEW_SYN_RECV, self.tuple(child), child.cookie)?;
+        let request = self.mini.get(key)?;
         if request.socket.state != TcpState::NEW_SYN_RECV {
             return None;
         }
@@ -140,8 +141,8 @@ impl Table {
     /// Who listens for the socket that `first` is the first event of.
     fn listener_of(&self, first: &SetState, child: &Socket) -> Option<Known> {
         // Up to 6.12 the event carries the listener's cookie.
-        let named = self.full.with_cookie(first.cookie);
-        let named = named.and_then(|key| self.full.get(key));
+        let keyed = self.identity == Identity::Cookie;
+        let named = self.full.get(first.cookie).filter(|_| keyed);
         match named.map(|full| &full.socket) {
             Some(socket) if socket.state == TcpState::LISTEN => {
                 Some((as_listener(socket.owner?), socket.container.clone()))
@@ -153,7 +154,7 @@ impl Table {
     pub(super) const fn event_key(&self, event: &SetState) -> u64 {
         match self.identity {
             Identity::Cookie => event.cookie,
-            Identity::Address | Identity::AddressWithoutNetns => event.sk,
+            Identity::Address | Identity::Ends => event.sk,
         }
     }
 
@@ -194,8 +195,6 @@ impl Table {
             update(&mut full.socket, event);
             own_by(&mut full.socket, accepted);
             own(&mut full.socket, event, container);
-            // A socket whose event has no cookie is in no dump yet.
-            full.guess = None;
             if from != to && to != TcpState::CLOSE {
                 full.socket.state = to;
                 full.stay = Stay {
@@ -293,15 +292,12 @@ impl Table {
             after: (!gone).then(|| Place::of(&socket)),
         });
         // Also where a minisocket takes its place: a dump may have read the full one.
-        let ends = self.tuple(&socket);
-        // A listener that a dump had read would have a cookie there, and its ends may be others' too.
-        let unread = self.identity == Identity::Address
-            && from == TcpState::LISTEN
-            && socket.cookie.is_none();
-        if let Some(closed) = &mut self.closed
-            && !unread
-        {
-            closed.insert(socket.cookie, ends, event.time_ns);
+        let (key, ends) = (self.event_key(event), self.tuple(&socket));
+        if let Some(closed) = &mut self.closed {
+            match self.identity {
+                Identity::Cookie | Identity::Address => closed.full(key, event.time_ns),
+                Identity::Ends => closed.full_by_ends(ends, event.time_ns),
+            }
         }
         if gone {
             return;
@@ -316,6 +312,7 @@ impl Table {
                 }
             },
             expires_ns: (!stays).then_some(event.time_ns + TIME_WAIT_NS),
+            seen: 0,
             missed: false,
             event_ns: event.time_ns,
             socket,
@@ -344,8 +341,11 @@ impl Table {
     /// A socket has these ends now: the timewait socket that had them before was taken out of its way, without a word
     /// (`tcp_twsk_unique` for a connect, `TCP_TW_SYN` for a SYN). Two sockets can't have the same ends in one namespace.
     fn reused(&mut self, ends: Tuple, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
-        if self.identity == Identity::AddressWithoutNetns {
+        if self.identity == Identity::Ends {
             return;
+        }
+        if let Some(closed) = &mut self.closed {
+            closed.mini(ends, time_ns);
         }
         let Some(Mini { mut socket, .. }) = self
             .timewait

@@ -64,3 +64,10 @@ fn the_one(mut owners: impl Iterator<Item = Option<Known>>) -> Option<Known> {
         .all(|known| known.is_some_and(|(owner, _)| owner.process.is(&first.0.process)))
         .then_some(first)
 }
+
+#[cfg(test)]
+impl Listeners {
+    pub(super) fn len(&self) -> usize {
+        self.0.values().map(Vec::len).sum()
+    }
+}

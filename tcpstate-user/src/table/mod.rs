@@ -1,20 +1,24 @@
 //! The table of sockets: turns the kernel's events and dumps into what happened, and says how it knows.
 //!
 //! Pure: time comes in with the events, and nothing here knows where they came from. The doors are
-//! [`Table::apply`], [`Table::accepted`] and [`Table::time_wait`] for events, [`Table::reconcile`] for a dump of sockets, and
-//! [`Table::swept`] for one of who holds them.
+//! [`Table::apply`], [`Table::accepted`] and [`Table::time_wait`] for events, [`Table::merge`] for a dump of sockets, and
+//! [`Table::sweep`] for one of who holds them. What goes over all sockets does so in parts.
 
 mod adopt;
+mod alike;
 mod apply;
+mod closed;
 mod fate;
 mod full;
-mod joins;
 mod listeners;
+mod merge;
 mod owners;
 mod reconcile;
 mod rows;
 mod snapshot;
 mod socket;
+mod store;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod timewait;
@@ -24,33 +28,47 @@ use std::collections::VecDeque;
 use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::{SetState, TcpState};
 
-use crate::model::{Comm, ConnectionId, Endpoint, Evidence, Named, ProcessId, named};
+use crate::model::{ConnectionId, Endpoint, Named, named};
 pub use apply::NoCookie;
+use closed::Closed;
 use full::{Full, FullSockets};
-use joins::Closed;
+pub use merge::{Merge, Merged};
 use owners::Owners;
 pub use reconcile::STORE_NS;
+pub use rows::Walk;
 pub use snapshot::{Holder, Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
+use store::Store;
+pub use sweep::Sweep;
 
-/// What tells two sockets apart in events.
+/// What tells two sockets apart, in events and in dumps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
     /// The kernel's socket cookie (from 5.12).
     Cookie,
-    /// The address of the socket, which the kernel uses again at once. Events carry the cookie once something, such as
-    /// a dump, had the kernel make one.
+    /// The address of the socket, which the kernel uses again at once. A cookie is known where something had the kernel
+    /// make one, and tells nothing apart.
     Address,
-    /// As [`Address`](Self::Address), and events tell neither the network namespace nor ever a cookie (classic
-    /// tracepoint). A socket of a dump is matched by its ends alone then, which may be those of another in another
-    /// namespace; so nothing is learned from the match, which no event could put right.
-    AddressWithoutNetns,
+    /// The address in events. A dump tells none, so a socket of it is matched by its ends alone, which may be those of
+    /// another, in another namespace too: nothing is learned from the match, which no event could put right.
+    Ends,
 }
 
 impl Identity {
+    /// What the table knows the record's full socket by; `None` where only its ends can tell.
+    #[must_use]
+    pub const fn key(self, record: &Record) -> Option<u64> {
+        match self {
+            Self::Cookie => record.cookie,
+            Self::Address => record.address,
+            Self::Ends => None,
+        }
+    }
+
     const fn tuple(self, netns: Option<u32>, local: Endpoint, remote: Endpoint) -> Tuple {
         match self {
-            Self::AddressWithoutNetns => (None, local, remote),
+            // The classic tracepoint does not tell it.
+            Self::Ends => (None, local, remote),
             Self::Cookie | Self::Address => (netns, local, remote),
         }
     }
@@ -66,7 +84,7 @@ named! {
         State = "state",
         /// A dump showed a socket that the table did not hold.
         Found = "found",
-        /// Two dumps in a row did not show a socket that the table held.
+        /// Two dumps in a row did not show a socket that the table held, or one showed another at its address.
         Gone = "gone",
     }
 }
@@ -102,6 +120,8 @@ struct Mini {
     stay: Stay,
     /// When its timer ends its life; `None` until that is known.
     expires_ns: Option<u64>,
+    /// Number of the last dump that showed it.
+    seen: u64,
     missed: bool,
     /// Time of the →CLOSE that told of it; 0 for one that only a dump has shown.
     event_ns: u64,
@@ -146,7 +166,7 @@ pub struct Table {
     identity: Identity,
     full: FullSockets,
     /// By cookie, or by a key of our own where that is not known or another's already.
-    mini: FxHashMap<u64, Mini>,
+    mini: Store<Mini>,
     /// Of `mini`: timewait sockets by their ends.
     timewait: FxHashMap<Tuple, u64>,
     /// Of `mini`: half-open requests by their ends.
@@ -158,8 +178,10 @@ pub struct Table {
     generations: Generations,
     /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
-    /// While a dump is under way: what closed since it began.
+    /// From when a dump begins until it is merged: what closed meanwhile.
     closed: Option<Closed>,
+    /// How many were merged.
+    dumps: u64,
     own_numbers: u64,
     newest_ns: u64,
     /// Stays that began no later than this may have lost events.
@@ -188,7 +210,7 @@ impl Table {
         Self {
             identity,
             full: FullSockets::new(identity),
-            mini: FxHashMap::default(),
+            mini: Store::default(),
             timewait: FxHashMap::default(),
             requests: FxHashMap::default(),
             children: FxHashMap::default(),
@@ -196,11 +218,17 @@ impl Table {
             generations: Generations::default(),
             listed: FxHashSet::default(),
             closed: None,
+            dumps: 0,
             own_numbers: 0,
             newest_ns: 0,
             lost_until_ns: 0,
             corrections: Corrections::default(),
         }
+    }
+
+    #[must_use]
+    pub const fn identity(&self) -> Identity {
+        self.identity
     }
 
     /// Events were lost before `time_ns`: the dwell of every stay that spans that time is unknown.
@@ -219,70 +247,10 @@ impl Table {
         self.len() == 0
     }
 
-    /// Network namespaces with the pids of who owns a full socket there.
-    #[must_use]
-    pub fn owners_by_netns(&self) -> FxHashSet<(u32, u32)> {
-        let sockets = self.full.sockets();
-        sockets
-            .filter_map(|socket| Some((socket.netns?, socket.owner?.process.pid)))
-            .collect()
-    }
-
-    /// Who owns a socket.
-    #[must_use]
-    pub fn owners(&self) -> FxHashSet<ProcessId> {
-        let full = self.full.sockets();
-        let sockets = full.chain(self.mini.values().map(|mini| &mini.socket));
-        sockets
-            .filter_map(|socket| socket.owner?.process.id())
-            .collect()
-    }
-
-    /// Gives owners the names that they have now, at `time_ns`.
-    pub fn rename_owners(
-        &mut self,
-        names: &FxHashMap<ProcessId, Comm>,
-        time_ns: u64,
-        mut sink: impl FnMut(&Change<'_>),
-    ) {
-        let full = self.full.sockets_mut();
-        for socket in full.chain(self.mini.values_mut().map(|mini| &mut mini.socket)) {
-            let before = Place::of(socket);
-            let Some(owner) = &mut socket.owner else {
-                continue;
-            };
-            let now = owner.process.id().and_then(|id| names.get(&id));
-            if now.is_none() || now == owner.process.comm.as_ref() {
-                continue;
-            }
-            owner.process.comm = now.copied();
-            sink(&Change {
-                time_ns,
-                socket,
-                kernel: None,
-                shown: None,
-                dwell: Dwell::None,
-                evidence: Evidence::Snapshot,
-                end: None,
-                before: Some(before),
-                after: Some(Place::of(socket)),
-            });
-        }
-    }
-
     /// Whether a dump has covered this network namespace.
     #[must_use]
     pub fn lists(&self, netns: u32) -> bool {
         self.listed.contains(&netns)
-    }
-
-    /// Network namespaces that full sockets are in and that no dump has covered.
-    #[must_use]
-    pub fn unlisted(&self) -> FxHashSet<u32> {
-        let namespaces = self.full.sockets().filter_map(|socket| socket.netns);
-        namespaces
-            .filter(|netns| !self.listed.contains(netns))
-            .collect()
     }
 
     /// By [`Correction`], in the order of its values.
@@ -316,7 +284,7 @@ impl Table {
     fn insert_mini(&mut self, mini: Mini) -> u64 {
         let key = match mini.socket.cookie {
             // A socket can be connected again while its timewait socket lives, and both have its cookie.
-            Some(cookie) if !self.mini.contains_key(&cookie) => cookie,
+            Some(cookie) if !self.mini.contains(cookie) => cookie,
             _ => self.own_key(),
         };
         let ends = self.tuple(&mini.socket);
@@ -326,13 +294,31 @@ impl Table {
     }
 
     fn remove_mini(&mut self, key: u64) -> Option<Mini> {
-        let mini = self.mini.remove(&key)?;
+        let mini = self.mini.remove(key)?;
         let ends = self.tuple(&mini.socket);
         let by_ends = self.mini_by_ends(&mini.socket);
         if by_ends.get(&ends) == Some(&key) {
             by_ends.remove(&ends);
         }
         Some(mini)
+    }
+
+    /// The key of the entry for a minisocket in `state`. Ends that another cookie has too are those of another: addresses
+    /// carry no zone.
+    fn mini_of(&self, state: TcpState, ends: Tuple, cookie: Option<u64>) -> Option<u64> {
+        let by_ends = match state {
+            TcpState::NEW_SYN_RECV => &self.requests,
+            _ => &self.timewait,
+        };
+        let its = |&key: &u64| {
+            self.mini.get(key).is_some_and(|mini| {
+                let known = mini.socket.cookie;
+                let another = known.is_some() && cookie.is_some() && known != cookie;
+                !another && self.tuple(&mini.socket) == ends
+            })
+        };
+        let by_ends = by_ends.get(&ends).copied().filter(its);
+        by_ends.or_else(|| cookie.filter(its))
     }
 
     fn mini_by_ends(&mut self, socket: &Socket) -> &mut FxHashMap<Tuple, u64> {

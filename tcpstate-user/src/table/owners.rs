@@ -1,11 +1,11 @@
-//! Whose a socket is, where no transition tells: accepts, and sweeps over all descriptors.
+//! Whose a socket is, where no transition tells: accepts; what sweeps tell is `sweep`'s.
 
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 use tcpstate_common::{Accept, TcpState};
 
-use super::{Change, Dwell, Holder, Identity, Place, Socket, Table};
+use super::{Change, Dwell, Identity, Place, Socket, Table};
 use crate::model::{Comm, Evidence, Owner, OwnerSource, Process, Role};
 
 /// An owner with the container that it runs in.
@@ -34,12 +34,12 @@ impl Owners {
         (time_ns >= since_ns).then_some(known)
     }
 
-    /// To be called when a socket is a connection now.
+    /// To be called when a socket is a connection now. Where accepts are seen, one that was taken from a listener's queue
+    /// is told, and until then nobody holds it.
     pub(super) fn established(&mut self, socket: &Socket) {
-        self.wanting |= match socket.owner {
-            None => true,
-            Some(owner) => owner.source == OwnerSource::Listener && !self.accepts,
-        };
+        let told = self.accepts && socket.role == Some(Role::Passive);
+        let known = |owner: Owner| owner.source != OwnerSource::Listener;
+        self.wanting |= !told && !socket.owner.is_some_and(known);
     }
 }
 
@@ -63,7 +63,7 @@ impl Table {
     ) {
         let key = match self.identity {
             Identity::Cookie => event.cookie,
-            Identity::Address | Identity::AddressWithoutNetns => event.sk,
+            Identity::Address | Identity::Ends => event.sk,
         };
         let owner = Owner {
             process: Process {
@@ -80,70 +80,6 @@ impl Table {
             }
             _ => {
                 self.owners.early.insert(key, (event.time_ns, known));
-            }
-        }
-    }
-
-    /// Takes a sweep: who was found holding which sockets at `time_ns` or shortly before. What it does not show may be
-    /// held all the same, or have been by who is known.
-    pub fn swept(&mut self, holders: &[Holder], time_ns: u64, mut sink: impl FnMut(&Change<'_>)) {
-        let mut found: FxHashMap<u64, (&Holder, u32)> = FxHashMap::default();
-        for holder in holders {
-            for &cookie in &holder.sockets {
-                let (first, count) = found.entry(cookie).or_insert((holder, 0));
-                *count += 1;
-                if holder.process.start_ns < first.process.start_ns {
-                    *first = holder;
-                }
-            }
-        }
-        // Of what it does not show the count is unknown: not accepted, orphaned, or not ours to look into.
-        for socket in self.full.sockets_mut() {
-            socket.holders = None;
-        }
-        for (cookie, (holder, count)) in found {
-            let key = self.full.with_cookie(cookie);
-            let Some(socket) = key.and_then(|key| self.full.socket_mut(key)) else {
-                continue;
-            };
-            socket.holders = Some(count);
-            let source = match socket.owner {
-                // It still holds it; how that was known first says more.
-                Some(known) if known.process.is(&holder.process) => match known.source {
-                    OwnerSource::Listener | OwnerSource::Closer => OwnerSource::Sweep,
-                    seen => seen,
-                },
-                _ => OwnerSource::Sweep,
-            };
-            let process = match socket.owner {
-                // `/proc` rounds the start.
-                Some(known) if known.process.is(&holder.process) => Process {
-                    comm: holder.process.comm.or(known.process.comm),
-                    ..known.process
-                },
-                _ => holder.process,
-            };
-            let container = holder.container.clone();
-            let owner = Owner { process, source };
-            give(socket, (owner, container), time_ns, &mut sink);
-        }
-        self.waiting_for_accept(time_ns, &mut sink);
-    }
-
-    /// Gives connections that a dump found not accepted yet to who listens, who may be known only now.
-    fn waiting_for_accept(&mut self, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
-        let waits = |socket: &Socket| {
-            socket.owner.is_none()
-                && socket.role == Some(Role::Passive)
-                && matches!(socket.state, TcpState::ESTABLISHED | TcpState::CLOSE_WAIT)
-        };
-        let waiting = self.full.iter().filter(|(_, socket)| waits(socket));
-        let listening: Vec<(u64, Known)> = waiting
-            .filter_map(|(key, socket)| Some((key, self.listening(socket)?)))
-            .collect();
-        for (key, known) in listening {
-            if let Some(socket) = self.full.socket_mut(key) {
-                give(socket, known, time_ns, sink);
             }
         }
     }
@@ -170,7 +106,12 @@ pub(super) fn own_by(socket: &mut Socket, known: Option<Known>) {
 }
 
 /// Sets the owner, and tells it where that changes where the socket is counted, or how its owner is known.
-fn give(socket: &mut Socket, known: Known, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
+pub(super) fn give(
+    socket: &mut Socket,
+    known: Known,
+    time_ns: u64,
+    sink: &mut impl FnMut(&Change<'_>),
+) {
     let before = Place::of(socket);
     own_by(socket, Some(known));
     let after = Place::of(socket);

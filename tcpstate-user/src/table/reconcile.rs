@@ -1,18 +1,17 @@
-//! The door for dumps: merges one with the events that came meanwhile.
+//! What a record of a dump means, after the events that came meanwhile.
 //!
 //! A dump is not atomic. So an event that is newer than a record wins over it, an older one yields, and a
-//! socket that a dump lacks is taken for gone only if the next dump lacks it too.
+//! socket that a dump lacks is taken for gone only if the next dump lacks it too (`merge`).
 
-use rustc_hash::FxHashSet;
 use tcpstate_common::TcpState;
 
+use super::alike::{Alikes, Joined, unbound};
 use super::apply::TIME_WAIT_NS;
+use super::closed::Closed;
 use super::full::Dumped;
-use super::joins::{Alike, Closed, Joins};
 use super::owners::own_by;
 use super::{
-    Change, Correction, Dwell, Full, Identity, Mini, Place, Record, Snapshot, Socket, StateMask,
-    Stay, Table, Tuple,
+    Change, Correction, Dwell, Full, Identity, Mini, Place, Record, Socket, Stay, Table, Tuple,
 };
 use crate::model::{ConnectionId, End, Evidence, Role};
 
@@ -32,47 +31,21 @@ impl Table {
         self.closed = None;
     }
 
-    /// Merges a dump. All events up to its end must have been applied.
-    ///
-    /// Tells whether it lacked a full socket for the first time: the next dump decides.
-    pub fn reconcile(&mut self, snapshot: &Snapshot, mut sink: impl FnMut(&Change<'_>)) -> bool {
-        let closed = self.closed.take().unwrap_or_default();
-        let mut joins = Joins {
-            closed,
-            minis: self
-                .mini
-                .iter()
-                .filter_map(|(&key, mini)| Some((mini.socket.cookie?, key)))
-                .collect(),
-            ..Joins::default()
-        };
-        let mut seen_full = FxHashSet::default();
-        let mut seen_mini = FxHashSet::default();
-        for record in &snapshot.records {
-            if is_mini(record) {
-                if let Some(key) = self.mini_record(record, &mut joins, &mut sink) {
-                    // A socket can come twice in one dump.
-                    joins.minis.insert(record.cookie, key);
-                    seen_mini.insert(key);
-                }
-            } else if let Some(key) = self.full_record(record, &mut joins, &mut sink) {
-                seen_full.insert(key);
-            }
+    /// `dump`: its number.
+    pub(super) fn record(
+        &mut self,
+        record: &Record,
+        dump: u64,
+        alikes: &mut Alikes,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) {
+        if record.is_mini() {
+            self.mini_record(record, dump, sink);
+        } else if self.identity == Identity::Ends {
+            self.alike_record(record, dump, alikes, sink);
+        } else if let Some(key) = self.identity.key(record) {
+            self.full_record(key, record, dump, sink);
         }
-        self.learn_joins(&joins, snapshot.started_ns);
-        // What events follow is not for a dump of some states to end.
-        let doubtful =
-            snapshot.states == StateMask::ALL && self.drop_full(snapshot, &seen_full, &mut sink);
-        self.drop_mini(snapshot, &seen_mini, &mut sink);
-        if snapshot.whole_host && snapshot.states == StateMask::ALL {
-            // The inode of a namespace that is gone may be another's, which no dump lists, once nothing is left in it.
-            let sockets = self.full.sockets();
-            let left: FxHashSet<u32> = sockets.filter_map(|socket| socket.netns).collect();
-            self.listed.retain(|netns| left.contains(netns));
-        }
-        self.listed.extend(&snapshot.netns);
-        self.corrections.begun = true;
-        doubtful
     }
 
     fn record_ends(&self, record: &Record) -> Tuple {
@@ -80,76 +53,111 @@ impl Table {
             .tuple(Some(record.netns), record.local, record.remote)
     }
 
-    /// Gives the key of the table's entry for a full socket, if there is one now.
+    /// A full socket that its key tells.
     fn full_record(
         &mut self,
+        key: u64,
         record: &Record,
-        joins: &mut Joins,
+        dump: u64,
         sink: &mut impl FnMut(&Change<'_>),
-    ) -> Option<u64> {
-        if let Some(key) = self.full.with_cookie(record.cookie) {
-            self.merge_full(key, record, sink);
-            return Some(key);
+    ) {
+        // Who it is, its second event tells.
+        if record
+            .address
+            .is_some_and(|sk| self.children.contains_key(&sk))
+        {
+            return;
         }
-        if joins.closed.has_cookie_of(record) {
-            return None;
-        }
-        if self.identity != Identity::Cookie {
-            let ends = self.record_ends(record);
-            let mut known = joins.by_ends(&self.full, ends, record);
-            if known.is_none() {
-                if joins.closed.has_ends_of(record, ends) {
-                    return None;
-                }
-                known = joins.unbound(&self.full, ends, record);
+        if let Some(full) = self.full.get(key) {
+            if full.begun_ns > record.read_ns.1 {
+                // An earlier life of that address, or of that socket, which is over.
+                return;
             }
-            if let Some(key) = known {
-                // So that it is known if it comes again.
-                let guess = Some(record.cookie);
-                self.full.change(key, |full| full.guess = guess);
-                self.merge_full(key, record, sink);
-                return Some(key);
+            let another = self.identity == Identity::Address
+                && full
+                    .socket
+                    .is_another(record.cookie, record.state, record.local, record.remote);
+            if !another {
+                self.merge_full(key, record, dump, true, sink);
+                return;
             }
+            if newer(full.event_ns, record) {
+                return;
+            }
+            // A later life, and what lies between was lost.
+            if let Some(Full { socket, .. }) = self.full.remove(key) {
+                self.full_is_gone(socket, true, record.read_ns.1, sink);
+            }
+        } else if let Some(closed) = &self.closed
+            && closed.has_full(key, record)
+        {
+            return;
         }
-        self.corrections.count(Correction::Found);
-        Some(self.found(record, joins, sink))
+        let known = self.owners.accepted_early(key, 0);
+        let mut socket = found_socket(record, self.new_id(record.cookie));
+        own_by(&mut socket, known);
+        self.found(key, socket, record, dump, Some(Dumped::of(record)), sink);
     }
 
-    /// Makes of guesses what they are worth.
-    fn learn_joins(&mut self, joins: &Joins, started_ns: u64) {
-        // One record, and one socket, of which the dump must have one.
-        let certain = |alike: &&Alike| (alike.entries, alike.records) == (1, 1);
-        for alike in joins.alike.values().filter(certain) {
-            let Some((key, record)) = alike.joined else {
-                continue;
-            };
-            self.full.change(key, |full| {
-                let there = full.begun_ns.saturating_add(STORE_NS) < started_ns;
-                if !there || newer(full.event_ns, &record) {
-                    return;
-                }
-                if record.state == full.socket.state {
-                    full.dumped = Some(Dumped::of(&record));
-                }
-                if self.identity == Identity::Address {
-                    full.guess = None;
-                    full.socket.cookie = Some(record.cookie);
-                    learn(&mut full.socket, &record);
-                }
-            });
+    /// One that only its ends tell: of those that are alike, which is which is not known, and nothing is learned.
+    fn alike_record(
+        &mut self,
+        record: &Record,
+        dump: u64,
+        alikes: &mut Alikes,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) {
+        if let Some(key) = alikes.same(record) {
+            self.merge_full(key, record, dump, false, sink);
+            return;
         }
-        if self.identity == Identity::AddressWithoutNetns {
-            // No event will ever put one right.
-            for &key in &joins.guessed {
-                self.full.change(key, |full| full.guess = None);
+        let mut ends = self.record_ends(record);
+        let mut joined = alikes.join(&self.full, ends, record);
+        self.doubt(&joined);
+        if joined.key.is_none() {
+            if let Some(closed) = &mut self.closed
+                && closed.has_full_by_ends(ends, record)
+            {
+                return;
             }
+            if let Some(unbound) = unbound(ends, record) {
+                ends = unbound;
+                joined = alikes.join(&self.full, ends, record);
+                self.doubt(&joined);
+            }
+        }
+        let key = joined.key.unwrap_or_else(|| self.own_key());
+        alikes.stands(record, ends, key);
+        if joined.key.is_some() {
+            self.merge_full(key, record, dump, joined.certain, sink);
+        } else {
+            let mut socket = found_socket(record, self.new_id(None));
+            socket.cookie = None;
+            let dumped = joined.certain.then(|| Dumped::of(record));
+            self.found(key, socket, record, dump, dumped, sink);
         }
     }
 
-    fn merge_full(&mut self, key: u64, record: &Record, sink: &mut impl FnMut(&Change<'_>)) {
+    fn doubt(&mut self, joined: &Joined) {
+        if let Some(first) = joined.doubted {
+            self.full.change(first, |full| full.dumped = None);
+        }
+    }
+
+    /// `certain`: the record is that socket's.
+    fn merge_full(
+        &mut self,
+        key: u64,
+        record: &Record,
+        dump: u64,
+        certain: bool,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) {
+        let learns = certain && self.identity != Identity::Ends;
         let before = self.full.change(key, |full| {
             full.missed = false;
-            let dumped = full.guess.is_none().then(|| Dumped::of(record));
+            full.seen = dump;
+            let dumped = certain.then(|| Dumped::of(record));
             if record.state == full.socket.state {
                 full.dumped = dumped;
             }
@@ -157,7 +165,7 @@ impl Table {
                 return None;
             }
             let before = Place::of(&full.socket);
-            if full.guess.is_none() {
+            if learns {
                 learn(&mut full.socket, record);
             }
             if record.state == before.state {
@@ -192,30 +200,25 @@ impl Table {
     /// Takes in a full socket that no event has shown.
     fn found(
         &mut self,
+        key: u64,
+        socket: Socket,
         record: &Record,
-        joins: &mut Joins,
+        dump: u64,
+        dumped: Option<Dumped>,
         sink: &mut impl FnMut(&Change<'_>),
-    ) -> u64 {
-        let id = self.new_id(Some(record.cookie));
-        let mut socket = found_socket(record, id);
-        let key = match self.identity {
-            Identity::Cookie => record.cookie,
-            Identity::Address | Identity::AddressWithoutNetns => self.own_key(),
-        };
-        own_by(&mut socket, self.owners.accepted_early(key, 0));
+    ) {
+        self.corrections.count(Correction::Found);
         sink(&found_change(record, &socket));
         let stay = Stay {
             since_ns: record.read_ns.1,
             seen: false,
         };
-        let mut full = Full::new(socket, stay, 0);
-        full.dumped = Some(Dumped::of(record));
-        if self.identity == Identity::AddressWithoutNetns {
-            full.guess = full.socket.cookie.take();
-            joins.guessed.push(key);
-        }
+        let full = Full {
+            seen: dump,
+            dumped,
+            ..Full::new(socket, stay, 0)
+        };
         self.full.insert(key, full);
-        key
     }
 
     /// Turns a full socket whose end was lost into a minisocket in the same state, and gives its key; what the dump
@@ -228,47 +231,46 @@ impl Table {
             socket,
             stay,
             expires_ns: None,
+            seen: 0,
             missed: false,
             event_ns: 0,
         }))
     }
 
-    /// Gives the key of the table's entry for a minisocket, if there is one now.
-    fn mini_record(
-        &mut self,
-        record: &Record,
-        joins: &mut Joins,
-        sink: &mut impl FnMut(&Change<'_>),
-    ) -> Option<u64> {
+    /// Ends are unique among timewait sockets, and among requests, and tell them where no cookie does.
+    fn mini_record(&mut self, record: &Record, dump: u64, sink: &mut impl FnMut(&Change<'_>)) {
         let ends = self.record_ends(record);
-        let full = self.full.with_cookie(record.cookie);
-        let full = full.or_else(|| Some(self.full.nameless(ends).next()?.0));
-        if record.state == TcpState::NEW_SYN_RECV {
-            // Its child has come since.
-            if full.is_some()
-                || joins.closed.has_cookie_of(record)
-                || joins.closed.has_ends_of(record, ends)
-            {
-                return None;
+        if let Some(closed) = &self.closed
+            && closed.has_mini(ends, record)
+        {
+            return;
+        }
+        let full = match self.identity {
+            Identity::Cookie => record.cookie.filter(|&its| self.full.contains(its)),
+            Identity::Address | Identity::Ends => {
+                self.full.with_ends(ends).next().map(|(key, _)| key)
             }
-        } else if let Some(key) = full
-            && self.full.get(key).is_some_and(|full| {
+        };
+        let mut known = self.mini_of(record.state, ends, record.cookie);
+        if let Some(key) = full {
+            let request = record.state == TcpState::NEW_SYN_RECV;
+            let is_it = self.full.get(key).is_some_and(|full| {
                 let ends = (full.socket.local, full.socket.remote);
                 !newer(full.event_ns, record) && ends == (record.local, record.remote)
-            })
-        {
-            // Its →CLOSE was lost: what the table holds as full is this minisocket.
-            let key = self.demote(key)?;
-            return Some(self.merge_mini(record, Some(key), sink));
+            });
+            if request {
+                // Its child has come since.
+                return;
+            }
+            if is_it {
+                // Its →CLOSE was lost: what the table holds as full is this minisocket.
+                known = self.demote(key);
+            }
         }
-        if joins.closed.has_timewait_of(record) {
-            return None;
+        let key = self.merge_mini(record, known, sink);
+        if let Some(mini) = self.mini.get_mut(key) {
+            mini.seen = dump;
         }
-        let known = joins.minis.get(&record.cookie).copied().or_else(|| {
-            let key = *self.timewait.get(&ends)?;
-            self.mini.get(&key)?.socket.cookie.is_none().then_some(key)
-        });
-        Some(self.merge_mini(record, known, sink))
     }
 
     /// Gives the key of the table's entry: there is one now.
@@ -281,11 +283,11 @@ impl Table {
         let expires_ns = record
             .expires_ns
             .map(|left| record.read_ns.1.saturating_add(left));
-        if let Some((key, mini)) = known.and_then(|key| Some((key, self.mini.get_mut(&key)?))) {
+        if let Some((key, mini)) = known.and_then(|key| Some((key, self.mini.get_mut(key)?))) {
             mini.missed = false;
             mini.expires_ns = expires_ns;
             if self.identity == Identity::Address {
-                mini.socket.cookie = Some(record.cookie);
+                mini.socket.cookie = record.cookie.or(mini.socket.cookie);
             }
             if mini.socket.state == record.state {
                 return key;
@@ -294,8 +296,8 @@ impl Table {
                 return self.move_mini(mini, record, sink);
             }
         }
-        let free = self.full.with_cookie(record.cookie).is_none();
-        let id = self.new_id(free.then_some(record.cookie));
+        let free = record.cookie.filter(|&its| !self.full.contains(its));
+        let id = self.new_id(free);
         let socket = found_socket(record, id);
         sink(&found_change(record, &socket));
         self.insert_mini(Mini {
@@ -305,6 +307,7 @@ impl Table {
                 seen: false,
             },
             expires_ns,
+            seen: 0,
             missed: false,
             event_ns: 0,
         })
@@ -338,110 +341,11 @@ impl Table {
         });
         self.insert_mini(mini)
     }
-
-    /// Full sockets that the dump should have shown; tells whether there was one that no dump had lacked before.
-    fn drop_full(
-        &mut self,
-        snapshot: &Snapshot,
-        seen: &FxHashSet<u64>,
-        sink: &mut impl FnMut(&Change<'_>),
-    ) -> bool {
-        // A namespace that no dump has listed may live where none can find it, and its events come.
-        let known = |netns| self.listed.contains(&netns);
-        let (gone, doubtful) = self.full.miss(|key, full| {
-            covers(snapshot, &full.socket, known)
-                && full.event_ns.saturating_add(STORE_NS) < snapshot.started_ns
-                && !seen.contains(&key)
-        });
-        for key in gone {
-            let Some(Full { mut socket, .. }) = self.full.remove(key) else {
-                continue;
-            };
-            // With its namespace a socket goes without an event.
-            if socket
-                .netns
-                .is_none_or(|netns| snapshot.netns.contains(&netns))
-            {
-                self.corrections.count(Correction::Gone);
-            }
-            self.generations.closed(socket.id);
-            let before = Place::of(&socket);
-            socket.state = TcpState::CLOSE;
-            sink(&gone_change(
-                snapshot.finished_ns,
-                &socket,
-                before,
-                End::Unknown,
-            ));
-        }
-        doubtful
-    }
-
-    /// Minisockets that the dump should have shown: gone at once if their time was over, else if the next
-    /// dump lacks them too.
-    fn drop_mini(
-        &mut self,
-        snapshot: &Snapshot,
-        seen: &FxHashSet<u64>,
-        sink: &mut impl FnMut(&Change<'_>),
-    ) {
-        let mut gone = Vec::new();
-        for (&key, mini) in &mut self.mini {
-            // In a namespace that is not found nothing tells of a minisocket any more.
-            let due = covers(snapshot, &mini.socket, |_| true)
-                && mini.event_ns.saturating_add(STORE_NS) < snapshot.started_ns;
-            if !due || seen.contains(&key) {
-                continue;
-            }
-            let expired = mini.expires_ns.is_some_and(|at| at <= snapshot.started_ns);
-            if expired || std::mem::replace(&mut mini.missed, true) {
-                gone.push(key);
-            }
-        }
-        for key in gone {
-            let Some(Mini {
-                mut socket,
-                expires_ns,
-                ..
-            }) = self.remove_mini(key)
-            else {
-                continue;
-            };
-            let before = Place::of(&socket);
-            socket.state = TcpState::CLOSE;
-            let found_ns = snapshot.finished_ns;
-            let time_ns = expires_ns.map_or(found_ns, |at| at.min(found_ns));
-            sink(&gone_change(
-                time_ns,
-                &socket,
-                before,
-                mini_end(before.state),
-            ));
-        }
-    }
 }
 
 /// Whether an event, or the store of its state, may have come after the record was read.
 pub(super) const fn newer(event_ns: u64, record: &Record) -> bool {
     event_ns.saturating_add(STORE_NS) >= record.read_ns.0
-}
-
-/// A timewait socket or a request: their records have a timer of their own kind.
-fn is_mini(record: &Record) -> bool {
-    record.expires_ns.is_some() || record.state == TcpState::NEW_SYN_RECV
-}
-
-/// Whether the dump would show the socket if it were there. `known`: whether a namespace that is not found is gone.
-fn covers(snapshot: &Snapshot, socket: &Socket, known: impl Fn(u32) -> bool) -> bool {
-    let unreachable = |netns| {
-        let mut unreachable = snapshot.unreachable.iter();
-        unreachable.any(|namespace| namespace.netns == Some(netns))
-    };
-    snapshot.states.contains(socket.state)
-        && socket.netns.is_none_or(|netns| {
-            snapshot.netns.contains(&netns)
-                || (snapshot.whole_host && !unreachable(netns) && known(netns))
-        })
 }
 
 fn was_established(state: TcpState) -> bool {
@@ -478,6 +382,7 @@ fn entered_time_wait(record: &Record, expires_ns: Option<u64>) -> Option<u64> {
 fn learn(socket: &mut Socket, record: &Record) {
     socket.local.port = socket.local.port.or(record.local.port);
     socket.local.addr = socket.local.addr.or(record.local.addr);
+    socket.cookie = record.cookie.or(socket.cookie);
     socket.netns = socket.netns.or(Some(record.netns));
     socket.uid = record.uid.or(socket.uid);
 }
@@ -485,7 +390,7 @@ fn learn(socket: &mut Socket, record: &Record) {
 fn found_socket(record: &Record, id: ConnectionId) -> Socket {
     Socket {
         id,
-        cookie: Some(record.cookie),
+        cookie: record.cookie,
         netns: Some(record.netns),
         family: record.family,
         local: record.local,

@@ -3,14 +3,46 @@
 use tcpstate_common::TcpState;
 
 use super::full::Dumped;
-use super::{Place, Socket, Stay, Table};
+use super::{Full, Mini, Place, Socket, Stay, Table};
 use crate::model::Listed;
 
+/// How far a walk over the table has come that is made in parts: what stays there meanwhile is met once. A socket in whose
+/// place a timewait socket comes meanwhile can be met as both, and is the latter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Walk(At);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum At {
+    /// These first: they become minisockets, and never the other way.
+    Full(usize),
+    Mini(usize),
+    End,
+}
+
+impl Default for At {
+    fn default() -> Self {
+        Self::Full(0)
+    }
+}
+
+impl Walk {
+    #[must_use]
+    pub fn is_done(self) -> bool {
+        self.0 == At::End
+    }
+}
+
 impl Table {
-    /// Every socket, in no order.
+    /// The sockets of the next part of a walk: `most` at most, in no order.
     ///
     /// `boot_to_unix_ns`: what to add to `CLOCK_BOOTTIME` for Unix time.
-    pub fn rows(&self, now_ns: u64, boot_to_unix_ns: i64) -> impl Iterator<Item = Listed> {
+    pub fn rows(
+        &self,
+        walk: &mut Walk,
+        most: usize,
+        now_ns: u64,
+        boot_to_unix_ns: i64,
+    ) -> impl Iterator<Item = Listed> {
         let row = move |socket: &Socket, stay: Stay, dumped: Option<Dumped>, orphan| Listed {
             time_ns: now_ns.saturating_add_signed(boot_to_unix_ns),
             id: socket.id,
@@ -33,23 +65,47 @@ impl Table {
             recv_queue: dumped.map(|dumped| dumped.recv_queue),
             send_queue: dumped.map(|dumped| dumped.send_queue),
         };
-        let full = self.full.values().map(move |full| {
+        let (full, mini) = self.part(walk, most);
+        let full = full.map(move |full| {
             let orphan = is_orphan(full.socket.state, full.dumped);
             row(&full.socket, full.stay, full.dumped, orphan)
         });
-        let mini = self.mini.values().map(move |mini| {
+        let mini = mini.map(move |mini| {
             let orphan = mini.socket.state == TcpState::FIN_WAIT2;
             row(&mini.socket, mini.stay, None, Some(orphan))
         });
         full.chain(mini)
     }
 
-    /// Where each socket counts, and since when; in no order.
-    pub fn stays(&self) -> impl Iterator<Item = (Place, u64)> {
-        let full = self.full.values().map(|full| (&full.socket, full.stay));
-        let mini = self.mini.values().map(|mini| (&mini.socket, mini.stay));
+    /// The same of where each socket counts, and since when.
+    pub fn stays(&self, walk: &mut Walk, most: usize) -> impl Iterator<Item = (Place, u64)> {
+        let (full, mini) = self.part(walk, most);
+        let full = full.map(|full| (&full.socket, full.stay));
+        let mini = mini.map(|mini| (&mini.socket, mini.stay));
         full.chain(mini)
             .map(|(socket, stay)| (Place::of(socket), stay.since_ns))
+    }
+
+    fn part(
+        &self,
+        walk: &mut Walk,
+        most: usize,
+    ) -> (impl Iterator<Item = &Full>, impl Iterator<Item = &Mini>) {
+        let (mut full, mut mini) = (None, None);
+        walk.0 = match walk.0 {
+            At::Full(from) => {
+                let (part, next) = self.full.part(from, most);
+                full = Some(part.map(|(_, full)| full));
+                next.map_or(At::Mini(0), At::Full)
+            }
+            At::Mini(from) => {
+                let (part, next) = self.mini.part(from, most);
+                mini = Some(part.map(|(_, mini)| mini));
+                next.map_or(At::End, At::Mini)
+            }
+            At::End => At::End,
+        };
+        (full.into_iter().flatten(), mini.into_iter().flatten())
     }
 }
 

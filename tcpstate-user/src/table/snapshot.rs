@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tcpstate_common::TcpState;
 
+use super::Identity;
 use crate::model::{Endpoint, Family, Process};
 
 /// A set of states.
@@ -54,8 +55,8 @@ impl fmt::Debug for StateMask {
 /// One socket as a dump found it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// Never 0: a dump gives every socket a cookie.
-    pub cookie: u64,
+    /// Never 0. `None` where the kernel has made none, and the dump had it make none.
+    pub cookie: Option<u64>,
     /// The address of the socket in the kernel; not every dump tells it.
     pub address: Option<u64>,
     /// Inode of the network namespace.
@@ -83,12 +84,19 @@ pub struct Record {
     pub read_ns: (u64, u64),
 }
 
+impl Record {
+    /// A timewait socket or a request: their records have a timer of their own kind.
+    pub(super) fn is_mini(&self) -> bool {
+        self.expires_ns.is_some() || self.state == TcpState::NEW_SYN_RECV
+    }
+}
+
 /// A process with the TCP sockets that it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
     pub process: Process,
     pub container: Option<Arc<str>>,
-    /// Cookies.
+    /// By what the table knows them, as [`Identity::key`](super::Identity::key) gives it.
     pub sockets: Vec<u64>,
 }
 
@@ -115,6 +123,17 @@ pub struct Snapshot {
     pub started_ns: u64,
     pub finished_ns: u64,
     pub states: StateMask,
+}
+
+impl Snapshot {
+    /// How many full sockets the table could not know again by their records.
+    #[must_use]
+    pub fn unknowable(&self, identity: Identity) -> usize {
+        let lacks = |record: &&Record| {
+            identity != Identity::Ends && !record.is_mini() && identity.key(record).is_none()
+        };
+        self.records.iter().filter(lacks).count()
+    }
 }
 
 #[cfg(test)]

@@ -29,6 +29,29 @@ pub struct Socket {
     pub established: bool,
 }
 
+impl Socket {
+    /// Whether this, told of what has its address, can't be of it.
+    pub(super) fn is_another(
+        &self,
+        cookie: Option<u64>,
+        state: TcpState,
+        local: Endpoint,
+        remote: Endpoint,
+    ) -> bool {
+        fn differ<T: PartialEq>(one: Option<T>, other: Option<T>) -> bool {
+            one.is_some() && other.is_some() && one != other
+        }
+        let listens = |state| state == TcpState::LISTEN;
+        // A connect is told before it has its port.
+        let bound = ![self.state, state].contains(&TcpState::SYN_SENT);
+        differ(self.cookie, cookie)
+            || listens(self.state) != listens(state)
+            || (bound && differ(self.local.port, local.port))
+            || differ(self.remote.port, remote.port)
+            || differ(self.remote.addr, remote.addr)
+    }
+}
+
 /// Where the gauges count a socket, and how it is known whose it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {

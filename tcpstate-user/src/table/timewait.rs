@@ -28,7 +28,7 @@ impl Table {
 
     /// An orphan in FIN_WAIT2 got its peer's FIN; or what is in TIME_WAIT stays so for its full time once more.
     fn set_again(&mut self, event: &TimeWait, sink: &mut impl FnMut(&Change<'_>)) {
-        let Some(mini) = self.mini.get_mut(&event.cookie) else {
+        let Some(mini) = self.mini.get_mut(event.cookie) else {
             return self.before_close(event);
         };
         mini.expires_ns = Some(event.time_ns + TIME_WAIT_NS);
@@ -57,20 +57,21 @@ impl Table {
     }
 
     fn ends(&mut self, event: &TimeWait, sink: &mut impl FnMut(&Change<'_>)) {
+        // Also of one that only the dump has shown.
+        if let Some(closed) = &mut self.closed {
+            closed.timewait(event.cookie, event.time_ns);
+        }
         let Some(Mini {
             mut socket, stay, ..
         }) = self
             .mini
-            .get(&event.cookie)
+            .get(event.cookie)
             .is_some_and(|mini| mini.socket.state != TcpState::NEW_SYN_RECV)
             .then(|| self.remove_mini(event.cookie))
             .flatten()
         else {
             return self.before_close(event);
         };
-        if let Some(closed) = &mut self.closed {
-            closed.timewait.insert(event.cookie, event.time_ns);
-        }
         let before = Place::of(&socket);
         socket.state = TcpState::CLOSE;
         sink(&Change {

@@ -15,7 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tcpstate_user::kernel::{Netns, Options, RingSize, Session, snapshot};
 use tcpstate_user::model::{NetnsSelection, TcpState};
 use tcpstate_user::owner::{Swept, by_iterator, by_proc};
-use tcpstate_user::table::{Snapshot, StateMask};
+use tcpstate_user::table::{Identity, Snapshot, StateMask};
 
 use crate::daemon::{Daemon, in_namespace};
 use crate::sockets::Tcp;
@@ -187,7 +187,8 @@ fn snapshots_and_sweeps() {
                 by_iterator(file).expect("it can be read")
             });
             check_sweep(&swept, &processes);
-            let swept = files.measure(|| by_proc(&all.records).expect("/proc is mounted"));
+            let swept = files
+                .measure(|| by_proc(&all.records, Identity::Cookie).expect("/proc is mounted"));
             check_sweep(&swept, &processes);
         }
         print_head();
@@ -207,7 +208,7 @@ struct Stream {
 impl Stream {
     fn new(daemon: &Daemon) -> Self {
         Self {
-            lines: BufReader::new(daemon.events()).lines(),
+            lines: BufReader::new(daemon.events("")).lines(),
             listener: Tcp::listening(LOOPBACK, 8),
         }
     }

@@ -231,8 +231,11 @@ impl<'a> Found<'a> {
         let listens = state == TcpState::LISTEN;
         let telling = if listens { local_addr } else { remote_addr };
         Some(Record {
-            cookie: u64::from(u32::from_ne_bytes(message.id.cookie[1])) << 32
-                | u64::from(u32::from_ne_bytes(message.id.cookie[0])),
+            // The kernel makes one for each socket that it lists.
+            cookie: Some(
+                u64::from(u32::from_ne_bytes(message.id.cookie[1])) << 32
+                    | u64::from(u32::from_ne_bytes(message.id.cookie[0])),
+            ),
             address: None,
             netns,
             family: match telling {

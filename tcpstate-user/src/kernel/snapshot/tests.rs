@@ -250,7 +250,7 @@ fn a_dump_says_what_proc_says_for_each_state() {
                 ])
             );
             for record in &records {
-                assert_ne!(record.cookie, 0);
+                assert_ne!(record.cookie, Some(0));
                 assert_eq!(record.netns, inode);
                 let (earliest, latest) = record.read_ns;
                 assert!(earliest < latest && latest <= boot_time_ns(), "{record:?}");
@@ -258,7 +258,7 @@ fn a_dump_says_what_proc_says_for_each_state() {
                     assert!((50_000_000_000..=60_000_000_000).contains(&left), "{left}");
                 }
             }
-            let cookies: BTreeSet<u64> = records.iter().map(|record| record.cookie).collect();
+            let cookies: BTreeSet<_> = records.iter().map(|record| record.cookie).collect();
             assert_eq!(cookies.len(), records.len());
             drop((established, unaccepted, close_wait));
         });

@@ -12,17 +12,20 @@ use std::time::Duration;
 use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::oneshot;
 
-use super::{Command, SECOND_NS, State, tell};
+use super::work::Work;
+use super::{Command, SECOND_NS, State};
 use crate::filter::Selection;
+use crate::kernel::Session;
 use crate::kernel::netns::{Lead, NetnsError};
 use crate::kernel::snapshot::{self, SnapshotError};
-use crate::kernel::{Path, Session};
 use crate::model::view::View;
 use crate::model::{Comm, NetnsSelection, ProcessId, TcpState};
-use crate::owner::{self, Swept, names};
+use crate::owner::{self, names};
 use crate::run::clock::now_ns;
 use crate::run::list::Reply;
-use crate::table::{STORE_NS, Snapshot, StateMask, Unreachable};
+use crate::table::{
+    Identity, Merge, Merged, STORE_NS, Snapshot, StateMask, Sweep, Unreachable, Walk,
+};
 
 /// How old the count of what no event follows may be at a scrape.
 const MINI_AGE_NS: u64 = SECOND_NS;
@@ -46,10 +49,24 @@ pub(super) enum Dump {
     Mini,
 }
 
-/// Who holds which sockets, and how long it took to find out.
-pub(super) struct Sweep {
-    found: Swept,
-    took_ns: u64,
+/// Why there is no dump.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum DumpError {
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error(
+        "{0} of its sockets have no cookie or address, by which events tell what became of them"
+    )]
+    Unknowable(usize),
+}
+
+/// Who holds which sockets, and how it was found out.
+pub(super) struct Swept {
+    pub(super) sweep: Sweep,
+    pub(super) leads: FxHashSet<Lead>,
+    pub(super) took_ns: u64,
+    /// Why it was not.
+    pub(super) failure: Option<io::Error>,
 }
 
 impl State {
@@ -76,20 +93,20 @@ impl State {
     /// Where namespaces may be that nothing else leads to.
     fn leads(&self) -> FxHashSet<Lead> {
         if self.netns == NetnsSelection::All && self.pids_are_ours {
-            &self.table.owners_by_netns() | &self.swept_leads
+            &self.owned_leads | &self.swept_leads
         } else {
             FxHashSet::default()
         }
     }
 
     /// A namespace that no dump knew of is looked for at once, but only once by the same leads.
-    fn lead(&mut self, leads: FxHashSet<Lead>, now_ns: u64) {
+    pub(super) fn follow(&mut self, leads: &FxHashSet<Lead>, now_ns: u64) {
         let all = self.netns == NetnsSelection::All && self.pids_are_ours;
-        let mut new = leads.difference(&self.swept_leads);
+        let followed = self.leads();
+        let mut new = leads.difference(&followed);
         if all && new.any(|&(netns, _)| !self.table.lists(netns)) {
             self.next_full_ns = now_ns;
         }
-        self.swept_leads = leads;
     }
 
     const fn states(dump: Dump) -> StateMask {
@@ -109,12 +126,8 @@ impl State {
         }
         let (netns, first) = (self.netns, !self.is_ready());
         let leads = self.leads();
-        let owners = if dump == Dump::Full && self.pids_are_ours {
-            self.table.owners()
-        } else {
-            FxHashSet::default()
-        };
         let states = Self::states(dump);
+        let identity = self.table.identity();
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -122,9 +135,9 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let result = snapshot::take(netns, states, leads);
+                let result = take(netns, states, leads, identity);
                 // The tracer may have ended meanwhile.
-                let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
+                let _ = commands.send(Command::Dumped(dump, result));
             });
         match begun {
             Ok(_) => {
@@ -141,39 +154,46 @@ impl State {
     pub(super) fn dumped(
         &mut self,
         dump: Dump,
-        result: Result<Snapshot, SnapshotError>,
-        names: &FxHashMap<ProcessId, Comm>,
+        result: Result<Box<Merge>, DumpError>,
         session: &mut Session,
     ) {
-        self.dump = None;
-        let snapshot = match result {
-            Ok(snapshot) => snapshot,
+        let merge = match result {
+            Ok(merge) => merge,
             // It was there before: it is gone, and its sockets with it.
-            Err(SnapshotError::Netns(NetnsError::NotFound { inode, .. })) if self.is_ready() => {
-                Snapshot {
-                    netns: vec![inode],
-                    started_ns: now_ns(),
-                    finished_ns: now_ns(),
-                    states: Self::states(dump),
-                    ..Snapshot::default()
-                }
-            }
+            Err(DumpError::Snapshot(SnapshotError::Netns(NetnsError::NotFound {
+                inode, ..
+            }))) if self.is_ready() => Box::new(Merge::new(Snapshot {
+                netns: vec![inode],
+                started_ns: now_ns(),
+                finished_ns: now_ns(),
+                states: Self::states(dump),
+                ..Snapshot::default()
+            })),
             Err(error) => {
+                self.dump = None;
                 self.dump_failed(&error.to_string(), now_ns());
                 self.answer(session);
                 return;
             }
         };
-        self.drain_to(session, snapshot.finished_ns);
+        self.drain_to(session, merge.snapshot().finished_ns);
         self.check_losses(session);
-        let mut tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        let doubtful = self.table.reconcile(&snapshot, &mut tell);
-        self.table.rename_owners(names, snapshot.finished_ns, tell);
-        if doubtful {
+        self.work.push_back(Work::Merge(dump, merge));
+    }
+
+    /// All of a dump is in the table.
+    pub(super) fn merged(
+        &mut self,
+        dump: Dump,
+        snapshot: &Snapshot,
+        merged: Merged,
+        session: &Session,
+    ) {
+        self.dump = None;
+        if merged.doubtful {
             // What two dumps lack is gone: the second should not be long.
             self.next_full_ns = self.next_full_ns.min(snapshot.finished_ns + SECOND_NS);
         }
-        self.streams.flush();
         self.dumped_ns = snapshot.finished_ns;
         self.dump_failure.clear();
         self.health.reconciles += 1;
@@ -198,7 +218,10 @@ impl State {
         }
         self.unreachable = snapshot.unreachable.len();
         if dump == Dump::Full {
-            self.tell_unlisted();
+            self.tell_unlisted(merged.unlisted);
+            self.follow(&merged.leads, now_ns());
+            self.owned_leads = merged.leads;
+            self.owners = merged.owners;
             self.want_sweep(0);
             if self.lists.dumped() {
                 self.next_sweep_ns = Some(0);
@@ -208,8 +231,8 @@ impl State {
     }
 
     /// Says which namespaces have come to be known from events alone.
-    fn tell_unlisted(&mut self) {
-        let news = self.unlisted.news(self.table.unlisted());
+    fn tell_unlisted(&mut self, unlisted: FxHashSet<u32>) {
+        let news = self.unlisted.news(unlisted);
         if !news.is_empty() {
             tracing::warn!(
                 "{} network namespaces can't be found, and what is in them is known from events only: {}",
@@ -235,67 +258,72 @@ impl State {
         self.next_sweep_ns = None;
         self.lists.sweep_begins();
         let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
-        // There a dump's sockets are joined with the table's by number only: which is which is not known.
-        let joins = session.path() != Path::Tracepoint;
         let (netns, leads) = (self.netns, self.leads());
-        let sweep = move || {
-            let started_ns = now_ns();
-            let found = match iterator {
-                Some(file) => owner::by_iterator(file?)?,
-                None if !joins => Swept::default(),
-                None => {
-                    let dump =
-                        snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
-                    owner::by_proc(&dump.records)?
-                }
-            };
-            Ok(Sweep {
-                found,
-                took_ns: now_ns() - started_ns,
-            })
+        let identity = self.table.identity();
+        let owners = if self.pids_are_ours {
+            std::mem::take(&mut self.owners)
+        } else {
+            FxHashSet::default()
+        };
+        let find = move || match iterator {
+            Some(file) => owner::by_iterator(file?),
+            // A dump's sockets are joined with the table's by number only: which is which is not known.
+            None if identity == Identity::Ends => Ok(owner::Swept::default()),
+            None => {
+                let dump =
+                    snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
+                owner::by_proc(&dump.records, identity)
+            }
         };
         let begun = thread::Builder::new()
             .name("sweep".to_owned())
             .spawn(move || {
+                let started_ns = now_ns();
+                let found = find();
+                let took_ns = now_ns() - started_ns;
+                let swept = swept(found, names(&owners), (started_ns, took_ns));
                 // The tracer may have ended meanwhile.
-                let _ = commands.send(Command::Swept(sweep()));
+                let _ = commands.send(Command::Swept(Box::new(swept)));
             });
-        match begun {
-            Ok(_) => self.sweeping = true,
-            Err(error) => self.swept(Err(error), session),
+        self.sweeping = true;
+        if let Err(error) = begun {
+            let swept = swept(Err(error), FxHashMap::default(), (now_ns(), 0));
+            self.swept(Box::new(swept), session);
         }
     }
 
-    pub(super) fn swept(&mut self, result: io::Result<Sweep>, session: &mut Session) {
-        self.sweeping = false;
+    pub(super) fn swept(&mut self, swept: Box<Swept>, session: &mut Session) {
         let now_ns = now_ns();
         // What was accepted by then is in the ring, and what a list must not lack.
         self.drain_to(session, now_ns);
-        let took_ns = match result {
-            Ok(sweep) => {
-                let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-                self.table.swept(&sweep.found.holders, now_ns, tell);
-                self.streams.flush();
-                self.lead(sweep.found.leads, now_ns);
-                self.sweep_failure.clear();
-                sweep.took_ns
+        self.work.push_back(Work::Sweep(swept, now_ns));
+    }
+
+    /// All of a sweep is in the table.
+    pub(super) fn taken(&mut self, swept: Swept, now_ns: u64) {
+        self.sweeping = false;
+        let took_ns = if let Some(error) = swept.failure {
+            let reason = error.to_string();
+            // Once for each reason: it may come with every sweep.
+            if self.sweep_failure != reason {
+                tracing::warn!("owners of sockets can't be looked up: {reason}");
+                self.sweep_failure = reason;
             }
-            Err(error) => {
-                let reason = error.to_string();
-                // Once for each reason: it may come with every sweep.
-                if self.sweep_failure != reason {
-                    tracing::warn!("owners of sockets can't be looked up: {reason}");
-                    self.sweep_failure = reason;
-                }
-                SECOND_NS
-            }
+            SECOND_NS
+        } else {
+            self.follow(&swept.leads, now_ns);
+            self.swept_leads = swept.leads;
+            self.sweep_failure.clear();
+            swept.took_ns
         };
         self.sweep_pause_ns = now_ns + took_ns.saturating_mul(SWEEP_PAUSE);
         if !self.is_ready() {
             self.ready.store(true, Ordering::Release);
         }
-        let (table, offset) = (&self.table, self.boot_to_unix_ns);
-        self.lists.swept(|| table.rows(now_ns, offset));
+        for listing in self.lists.swept(self.table.len()) {
+            let work = Work::List(Box::new(listing), Walk::default());
+            self.work.push_back(work);
+        }
     }
 
     fn dump_failed(&mut self, reason: &str, now_ns: u64) {
@@ -311,6 +339,38 @@ impl State {
             tracing::warn!("no snapshot of the sockets: {reason}");
             reason.clone_into(&mut self.dump_failure);
         }
+    }
+}
+
+/// All sockets in these states, ready to be merged.
+fn take(
+    netns: NetnsSelection,
+    states: StateMask,
+    leads: FxHashSet<Lead>,
+    identity: Identity,
+) -> Result<Box<Merge>, DumpError> {
+    let snapshot = snapshot::take(netns, states, leads)?;
+    match snapshot.unknowable(identity) {
+        0 => Ok(Box::new(Merge::new(snapshot))),
+        count => Err(DumpError::Unknowable(count)),
+    }
+}
+
+/// The last: when it began, and how long it took.
+fn swept(
+    found: io::Result<owner::Swept>,
+    names: FxHashMap<ProcessId, Comm>,
+    (started_ns, took_ns): (u64, u64),
+) -> Swept {
+    let (holders, leads, failure) = match found {
+        Ok(found) => (Some(found.holders), found.leads, None),
+        Err(error) => (None, FxHashSet::default(), Some(error)),
+    };
+    Swept {
+        sweep: Sweep::new(holders, names, started_ns),
+        leads,
+        took_ns,
+        failure,
     }
 }
 

@@ -6,7 +6,7 @@ use zerocopy::FromZeros as _;
 
 use super::*;
 use crate::model::{Endpoint, Family};
-use crate::table::{Identity, Record, Snapshot, StateMask};
+use crate::table::{Identity, Merge, Record, Snapshot, StateMask};
 
 const MS: u64 = 1_000_000;
 const NETNS: u32 = 4_026_531_840;
@@ -40,7 +40,7 @@ fn record(time_ms: u64, cookie: u16, state: TcpState, inode: u32) -> Record {
         port: Some(port),
     };
     Record {
-        cookie: cookie.into(),
+        cookie: Some(cookie.into()),
         address: None,
         netns: NETNS,
         family: Family::Ipv4,
@@ -67,15 +67,18 @@ fn reconcile(table: &mut Table, time_ms: u64, records: Vec<Record>) {
         ..Snapshot::default()
     };
     table.snapshot_begins();
-    table.reconcile(&snapshot, |_| {});
+    let mut merge = Merge::new(snapshot);
+    while table.merge(&mut merge, 1, |_| {}).is_none() {}
 }
 
 /// The only one, at 10 s; Unix time is a second ahead.
 fn row(table: &Table) -> Listed {
-    let mut rows = table.rows(10_000 * MS, 1_000_000_000);
-    let row = rows.next().expect("a socket");
-    assert_eq!(rows.next(), None);
-    row
+    let (mut rows, mut walk) = (Vec::new(), Walk::default());
+    while !walk.is_done() {
+        rows.extend(table.rows(&mut walk, 1, 10_000 * MS, 1_000_000_000));
+    }
+    assert_eq!(rows.len(), 1);
+    rows.remove(0)
 }
 
 fn queues(row: &Listed) -> (Option<u32>, Option<u32>) {
@@ -165,4 +168,34 @@ fn an_orphan_has_been_closed_and_goes_on() {
     let mut table = Table::new(Identity::Cookie);
     apply(&mut table, 0, 1, TcpState::ESTABLISHED, TcpState::FIN_WAIT1);
     assert_eq!(row(&table).orphan, None);
+}
+
+/// Its timewait socket took its place between two parts.
+#[test]
+fn a_walk_never_misses_what_changes_its_kind() {
+    let mut table = Table::new(Identity::Cookie);
+    for cookie in 1..4 {
+        apply(
+            &mut table,
+            1,
+            cookie,
+            TcpState::FIN_WAIT1,
+            TcpState::FIN_WAIT2,
+        );
+    }
+    let (mut rows, mut walk) = (Vec::new(), Walk::default());
+    for cookie in 1..4 {
+        let part = table.rows(&mut walk, 1, 10_000 * MS, 0);
+        rows.extend(part.map(|row| (row.cookie, row.state)));
+        // From CLOSING, which needs no flag.
+        apply(&mut table, 2, cookie, TcpState::CLOSING, TcpState::CLOSE);
+    }
+    while !walk.is_done() {
+        let part = table.rows(&mut walk, 1, 10_000 * MS, 0);
+        rows.extend(part.map(|row| (row.cookie, row.state)));
+    }
+    for cookie in 1..4 {
+        let last = rows.iter().rfind(|(its, _)| *its == Some(cookie));
+        assert_eq!(last.map(|(_, state)| *state), Some(TcpState::TIME_WAIT));
+    }
 }

@@ -57,7 +57,7 @@ fn a_request_becomes_the_accepted_socket() {
     let identities = [
         (Identity::Cookie, 9),
         (Identity::Address, 9),
-        (Identity::AddressWithoutNetns, 0),
+        (Identity::Ends, 0),
     ];
     for (identity, cookie) in identities {
         let mut watched = Watched::new(identity);
@@ -119,9 +119,13 @@ fn what_a_namespace_held_goes_with_it() {
         watched.reconcile(&elsewhere(time));
     }
     assert_eq!(watched.table.len(), 1);
-    assert_eq!(watched.table.unlisted(), FxHashSet::from_iter([NETNS]));
-    let owners = watched.table.owners_by_netns();
-    assert_eq!(owners, FxHashSet::from_iter([(NETNS, 10)]));
+    let met = Merged {
+        doubtful: false,
+        owners: FxHashSet::from_iter([(10, 10)]),
+        leads: FxHashSet::from_iter([(NETNS, 10)]),
+        unlisted: FxHashSet::from_iter([NETNS]),
+    };
+    assert_eq!(watched.merged, met);
 }
 
 /// The dump read it in one state, and events moved it on before the merge.
@@ -204,4 +208,57 @@ fn a_small_dump_ends_no_full_socket() {
     watched.reconcile(&dump(3000, 3000, vec![]));
     watched.reconcile(&dump(4000, 4000, vec![]));
     assert!(watched.table.is_empty());
+}
+
+/// It was read before a connect, whose ends it had, took it out of the way.
+#[test]
+fn a_dump_brings_back_no_timewait_socket_whose_ends_were_used_again() {
+    for identity in [Identity::Cookie, Identity::Address] {
+        let mut watched = Watched::new(identity);
+        watched.table.snapshot_begins();
+        let connects = [(CLOSE, SYN_SENT), (SYN_SENT, ESTABLISHED)];
+        for (time, (from, to)) in (2000..).zip(connects) {
+            watched.apply(&with(event(time, 8, from, to), |event| {
+                event.local_port = 1007
+            }));
+        }
+        let mut read_before = record(1000, 7, TIME_WAIT);
+        read_before.address = Some(1);
+        watched.reconcile(&dump(990, 2100, vec![read_before]));
+        assert_eq!(watched.states(), BTreeMap::from([(8, ESTABLISHED)]));
+    }
+}
+
+/// A socket that is connected again while its timewait socket lives leaves another one later: all have its cookie.
+#[test]
+fn timewait_sockets_with_one_cookie_are_told_apart_by_their_ends() {
+    let mut watched = Watched::new(Identity::Cookie);
+    let closes = |time, port| {
+        let life = [
+            (CLOSE, SYN_SENT),
+            (SYN_SENT, ESTABLISHED),
+            (ESTABLISHED, FIN_WAIT1),
+            (FIN_WAIT1, FIN_WAIT2),
+            (FIN_WAIT2, CLOSE),
+        ];
+        life.map(|(from, to)| {
+            with(event(time, 7, from, to), |event| {
+                event.local_port = port;
+                event.flags |= FLAG_DONE;
+            })
+        })
+    };
+    for event in [closes(1, 1007), closes(2, 1008)].as_flattened() {
+        watched.apply(event);
+    }
+    for time in [1000, 2000, 3000] {
+        let records = [1007, 1008].map(|port| {
+            let mut record = record(time, 7, TIME_WAIT);
+            record.local.port = Some(port);
+            record
+        });
+        watched.reconcile(&dump(time, time, records.to_vec()));
+        assert_eq!(watched.gauges[&(TIME_WAIT, None)], 2);
+    }
+    assert_eq!(watched.table.corrections(), [0; 4]);
 }

@@ -50,7 +50,7 @@ fn a_connect_that_is_closed_first_goes_to_time_wait() {
     let dwells: Vec<Dwell> = watched.seen.iter().map(|seen| seen.dwell).collect();
     let seen = |ms| Dwell::Seen(ms * MS);
     assert_eq!(dwells, [Dwell::None, seen(1), seen(10), seen(1), seen(3)]);
-    let socket = &watched.table.mini[&7].socket;
+    let socket = &watched.table.mini.get(7).unwrap().socket;
     assert_eq!(socket.local.port, Some(1007));
 }
 
@@ -69,7 +69,7 @@ fn an_accepted_socket_never_moves_its_listener() {
         (Identity::Cookie, 9, 1007),
         (Identity::Address, 0, 0),
         (Identity::Address, 3, 0),
-        (Identity::AddressWithoutNetns, 0, 1007),
+        (Identity::Ends, 0, 1007),
     ] {
         let child = |time, from, to| {
             with(event(time, 9, from, to), |event| {

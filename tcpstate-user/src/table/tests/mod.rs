@@ -1,5 +1,6 @@
 //! The table against scripts of events and dumps; here what the scripts are made of.
 
+mod cost;
 mod dumps;
 mod events;
 mod identity;
@@ -10,6 +11,7 @@ mod timewait;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
 
+use rustc_hash::FxHashMap;
 use tcpstate_common::TcpState;
 use tcpstate_common::event::{
     AF_INET, FLAG_DEAD, FLAG_DONE, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN, SetState,
@@ -17,10 +19,10 @@ use tcpstate_common::event::{
 use zerocopy::FromZeros as _;
 
 use super::{
-    Change, Discard, Dwell, Identity, Place, Record, STORE_NS, Snapshot, Socket, StateMask, Table,
-    Unreachable,
+    Change, Discard, Dwell, Holder, Identity, Merge, Merged, Place, Record, STORE_NS, Snapshot,
+    Socket, StateMask, Sweep, Table, Unreachable, Walk,
 };
-use crate::model::{Comm, End, Endpoint, Evidence, Family, Named, OwnerSource, Role};
+use crate::model::{Comm, End, Endpoint, Evidence, Family, Listed, Named, OwnerSource, Role};
 
 const CLOSE: TcpState = TcpState::CLOSE;
 const LISTEN: TcpState = TcpState::LISTEN;
@@ -39,13 +41,17 @@ const NETNS: u32 = 4_026_531_840;
 const MS: u64 = 1_000_000;
 const SERVER_PORT: u16 = 80;
 
+fn address(socket: u16) -> u64 {
+    0xffff_8880_0000_0000 + u64::from(socket) * 4096
+}
+
 /// An event of a loopback socket; `socket` stands for its cookie, its address and its local port.
 fn event(time_ms: u64, socket: u16, from: TcpState, to: TcpState) -> SetState {
     let mut addr = [0; 16];
     addr[10..].copy_from_slice(&[0xff, 0xff, 127, 0, 0, 1]);
     SetState {
         time_ns: time_ms * MS,
-        sk: 0xffff_8880_0000_0000 + u64::from(socket) * 4096,
+        sk: address(socket),
         cookie: u64::from(socket),
         netns: NETNS,
         uid: 1000,
@@ -73,6 +79,15 @@ fn by(event: SetState, pid: u32, comm: &str) -> SetState {
         event.start_ns = u64::from(pid);
         event.comm[..comm.len()].copy_from_slice(comm.as_bytes());
     })
+}
+
+impl Table {
+    fn sockets(&self) -> impl Iterator<Item = &Socket> {
+        let (mini, _) = self.mini.part(0, usize::MAX);
+        self.full
+            .sockets()
+            .chain(mini.map(|(_, mini)| &mini.socket))
+    }
 }
 
 /// What a test keeps of a change.
@@ -117,7 +132,12 @@ struct Watched {
     gauges: BTreeMap<(TcpState, Option<Comm>), i64>,
     /// Sockets by how their owner is known, added up the same way.
     sources: BTreeMap<Option<&'static str>, i64>,
+    /// What the last dump found.
+    merged: Merged,
 }
+
+/// So few that every script has a merge of several parts.
+const PART: usize = 2;
 
 impl Watched {
     fn new(identity: Identity) -> Self {
@@ -126,6 +146,7 @@ impl Watched {
             seen: Vec::new(),
             gauges: BTreeMap::new(),
             sources: BTreeMap::new(),
+            merged: Merged::default(),
         }
     }
 
@@ -156,9 +177,40 @@ impl Watched {
     }
 
     fn reconcile(&mut self, snapshot: &Snapshot) {
-        self.take(|table, sink| {
-            table.reconcile(snapshot, sink);
-        });
+        let mut merge = Merge::new(snapshot.clone());
+        while !self.merge(&mut merge) {}
+    }
+
+    /// A part; tells whether it was the last.
+    fn merge(&mut self, merge: &mut Merge) -> bool {
+        let mut merged = None;
+        self.take(|table, sink| merged = table.merge(merge, PART, sink));
+        let done = merged.is_some();
+        self.merged = merged.unwrap_or_default();
+        done
+    }
+
+    fn sweep(&mut self, time_ms: u64, mut sweep: Sweep) {
+        let mut done = false;
+        while !done {
+            self.take(|table, sink| done = table.sweep(&mut sweep, PART, time_ms * MS, sink));
+        }
+    }
+
+    fn swept(&mut self, time_ms: u64, holders: &[Holder]) {
+        let holders = Some(holders.to_vec());
+        self.sweep(
+            time_ms,
+            Sweep::new(holders, FxHashMap::default(), time_ms * MS),
+        );
+    }
+
+    fn rows(&self) -> Vec<Listed> {
+        let (mut rows, mut walk) = (Vec::new(), Walk::default());
+        while !walk.is_done() {
+            rows.extend(self.table.rows(&mut walk, PART, 0, 0));
+        }
+        rows
     }
 
     /// The gauges added up from the changes are those of the sockets that the table holds: no change of a state, a name or
@@ -166,9 +218,7 @@ impl Watched {
     fn check_gauges(&self) {
         let mut held: BTreeMap<_, i64> = BTreeMap::new();
         let mut known: BTreeMap<_, i64> = BTreeMap::new();
-        let full = self.table.full.sockets();
-        let mini = self.table.mini.values().map(|mini| &mini.socket);
-        for socket in full.chain(mini) {
+        for socket in self.table.sockets() {
             let Place {
                 state,
                 comm,
@@ -195,10 +245,8 @@ impl Watched {
 
     /// Of each cookie; the table must not hold one twice.
     fn states(&self) -> BTreeMap<u64, TcpState> {
-        let full = self.table.full.sockets();
-        let mini = self.table.mini.values().map(|mini| &mini.socket);
         let mut states = BTreeMap::new();
-        for socket in full.chain(mini) {
+        for socket in self.table.sockets() {
             if let Some(cookie) = socket.cookie {
                 let twice = states.insert(cookie, socket.state);
                 assert_eq!(twice, None, "{socket:?} is there twice");
@@ -226,8 +274,8 @@ fn record(time_ms: u64, socket: u16, state: TcpState) -> Record {
         ..local
     };
     Record {
-        cookie: u64::from(socket),
-        address: None,
+        cookie: Some(u64::from(socket)),
+        address: Some(address(socket)),
         netns: NETNS,
         family: Family::Ipv4,
         local,

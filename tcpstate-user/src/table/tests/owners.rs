@@ -6,7 +6,6 @@ use tcpstate_common::Accept;
 
 use super::*;
 use crate::model::{Owner, Process};
-use crate::table::Holder;
 
 const MASTER: u32 = 40;
 const WORKER: u32 = 42;
@@ -97,16 +96,11 @@ impl Watched {
         self.take(|table, sink| table.accepted(accept, None, sink));
     }
 
-    fn swept(&mut self, time_ms: u64, holders: &[Holder]) {
-        self.take(|table, sink| table.swept(holders, time_ms * MS, sink));
-    }
-
     fn socket(&self, cookie: u16) -> &Socket {
-        let mut full = self.table.full.sockets();
-        let mut mini = self.table.mini.values().map(|mini| &mini.socket);
         let of_it = |socket: &&Socket| socket.cookie == Some(cookie.into());
-        full.find(of_it)
-            .or_else(|| mini.find(of_it))
+        self.table
+            .sockets()
+            .find(of_it)
             .expect("the socket is in the table")
     }
 
@@ -169,10 +163,12 @@ fn an_accept_of_an_unknown_socket_waits_for_what_shows_it() {
         let (pid, source) = (watched.last().pid, watched.last().source);
         assert_eq!((pid, source), (Some(WORKER), Some(OwnerSource::Accept)));
     }
-    let mut watched = run(Identity::Cookie, &[]);
-    watched.accepted(&accept(6, CHILD, WORKER, "worker"));
-    watched.reconcile(&dump(8, 9, vec![child_record(8, 1)]));
-    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Accept)));
+    for identity in [Identity::Cookie, Identity::Address] {
+        let mut watched = run(identity, &[]);
+        watched.accepted(&accept(6, CHILD, WORKER, "worker"));
+        watched.reconcile(&dump(8, 9, vec![child_record(8, 1)]));
+        assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Accept)));
+    }
 }
 
 /// The kernel uses addresses again at once.
@@ -265,6 +261,21 @@ fn a_sweep_that_finds_the_same_process_keeps_the_better_source() {
     assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Closer)));
     watched.swept(8, &[holder(worker, &[CHILD])]);
     assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Sweep)));
+}
+
+/// The descriptor was another socket's, which had the address when the sweep began.
+#[test]
+fn a_sweep_tells_nothing_of_the_next_socket_at_an_address() {
+    let holders = [Holder {
+        sockets: vec![address(7)],
+        ..holder(process(WORKER, "worker"), &[])
+    }];
+    for (began, expected) in [(10, None), (30, Some((WORKER, OwnerSource::Sweep)))] {
+        let mut watched = run(Identity::Address, &[event(20, 7, CLOSE, SYN_SENT)]);
+        let sweep = Sweep::new(Some(holders.to_vec()), FxHashMap::default(), began * MS);
+        watched.sweep(40, sweep);
+        assert_eq!(watched.owner(7), expected);
+    }
 }
 
 #[test]
@@ -391,8 +402,11 @@ fn a_sweep_is_wanted_where_only_it_can_tell() {
     };
     assert!(wants(false, &opened));
     assert!(!wants(true, &opened));
-    // The listener is not known.
-    assert!(wants(true, &opened[1..]));
+    // Who listens is not known, or not which of several: its accept will tell all the same.
+    assert!(wants(false, &opened[1..]));
+    assert!(!wants(true, &opened[1..]));
+    // What it is, is not known: its beginning was lost.
+    assert!(wants(true, &opened[2..]));
     let connects = called(event(1, 7, CLOSE, SYN_SENT), WORKER, "curl");
     assert!(!wants(
         false,
@@ -437,7 +451,7 @@ proptest! {
         identity in prop::sample::select(vec![
             Identity::Cookie,
             Identity::Address,
-            Identity::AddressWithoutNetns,
+            Identity::Ends,
         ]),
         accepts in prop::bool::ANY,
     ) {
@@ -503,16 +517,20 @@ fn the_gauges_follow_an_owner_that_has_another_name_now() {
             }),
         ],
     );
-    assert_eq!(
-        watched.table.owners(),
-        FxHashSet::from_iter([(10, 10), (11, 11)])
-    );
+    watched.reconcile(&Snapshot {
+        netns: Vec::new(),
+        whole_host: false,
+        ..dump(9, 9, Vec::new())
+    });
+    let owners = FxHashSet::from_iter([(10, 10), (11, 11)]);
+    assert_eq!(watched.merged.owners, owners);
     let told = watched.seen.len();
     let new = Comm::from_bytes(b"new");
     // A later process has the pid 11.
     let names = FxHashMap::from_iter([((10, 10), new), ((11, 99), new), ((12, 0), new)]);
-    watched.take(|table, sink| table.rename_owners(&names, 9 * MS, sink));
-    watched.take(|table, sink| table.rename_owners(&names, 10 * MS, sink));
+    for time in [9, 10] {
+        watched.sweep(time, Sweep::new(None, names.clone(), time * MS));
+    }
     let gauge = |state, comm: &str| {
         let comm = Some(Comm::from_bytes(comm.as_bytes()));
         watched

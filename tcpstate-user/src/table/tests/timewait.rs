@@ -5,7 +5,6 @@ use tcpstate_common::event::{TIMEWAIT_BEGINS, TIMEWAIT_ENDS, TIMEWAIT_SET_AGAIN}
 
 use super::*;
 use crate::model::Process;
-use crate::table::Holder;
 
 fn step(time_ms: u64, socket: u16, what: u8, state: TcpState) -> TimeWait {
     TimeWait {
@@ -111,6 +110,11 @@ fn a_dump_does_not_bring_back_what_ended_meanwhile() {
     watched.step(&step(1000, 5, TIMEWAIT_ENDS, CLOSE));
     watched.reconcile(&dump(995, 1001, vec![record(999, 5, TIME_WAIT)]));
     assert_eq!(watched.states(), BTreeMap::new());
+    // And one that the table did not know.
+    watched.table.snapshot_begins();
+    watched.step(&step(2000, 6, TIMEWAIT_ENDS, CLOSE));
+    watched.reconcile(&dump(1995, 2001, vec![record(1999, 6, TIME_WAIT)]));
+    assert_eq!(watched.states(), BTreeMap::new());
 }
 
 #[test]
@@ -126,8 +130,8 @@ fn who_held_a_socket_says_nothing_of_it_once_nobody_is_found() {
         sockets,
     };
     let count = |watched: &Watched| watched.table.full.sockets().next().map(|it| it.holders);
-    watched.take(|table, sink| table.swept(&[holder(vec![5])], 20 * MS, sink));
+    watched.swept(20, &[holder(vec![5])]);
     assert_eq!(count(&watched), Some(Some(1)));
-    watched.take(|table, sink| table.swept(&[], 30 * MS, sink));
+    watched.swept(30, &[]);
     assert_eq!(count(&watched), Some(None));
 }

@@ -1,0 +1,199 @@
+//! The door for sweeps over all descriptors: who holds which sockets, and the names that owners have now.
+//!
+//! Goes over the table a part at a time, as a merge does.
+
+use rustc_hash::FxHashMap;
+use tcpstate_common::TcpState;
+
+use super::owners::{Known, give};
+use super::{Change, Holder, Identity, Socket, Table};
+use crate::model::{Comm, Owner, OwnerSource, Process, ProcessId, Role};
+
+/// What was found, on its way into the table by [`Table::sweep`].
+#[derive(Debug)]
+pub struct Sweep {
+    /// By the socket's key: which holder started first, and how many there are. `None` where that could not be looked up.
+    held: Option<FxHashMap<u64, (usize, u32)>>,
+    holders: Vec<Holder>,
+    names: FxHashMap<ProcessId, Comm>,
+    started_ns: u64,
+    next: Next,
+    /// Connections that may be waiting to be accepted.
+    unowned: Vec<u64>,
+}
+
+/// Where it goes on.
+#[derive(Clone, Copy, Debug)]
+enum Next {
+    Full(usize),
+    Unowned,
+    Mini(usize),
+}
+
+impl Sweep {
+    /// `holders`: `None` where they could not be looked up. `names`: those that owners have now, as far as they were read.
+    /// The sweep began at `started_ns`.
+    #[must_use]
+    pub fn new(
+        holders: Option<Vec<Holder>>,
+        names: FxHashMap<ProcessId, Comm>,
+        started_ns: u64,
+    ) -> Self {
+        let held = holders.as_deref().map(held);
+        Self {
+            held,
+            holders: holders.unwrap_or_default(),
+            names,
+            started_ns,
+            next: Next::Full(0),
+            unowned: Vec::new(),
+        }
+    }
+
+    /// What it tells of the holder of a full socket: nothing of a later one at the same address.
+    fn holder(&self, key: u64, begun_ns: u64, identity: Identity) -> Option<(&Holder, u32)> {
+        let (first, count) = *self.held.as_ref()?.get(&key)?;
+        let same = identity == Identity::Cookie || begun_ns < self.started_ns;
+        same.then_some((&self.holders[first], count))
+    }
+
+    /// The owner with the name that it has now, where that is another.
+    fn renamed(&self, socket: &Socket) -> Option<Known> {
+        let mut owner = socket.owner?;
+        let now = self.names.get(&owner.process.id()?)?;
+        if owner.process.comm.as_ref() == Some(now) {
+            return None;
+        }
+        owner.process.comm = Some(*now);
+        Some((owner, socket.container.clone()))
+    }
+}
+
+fn held(holders: &[Holder]) -> FxHashMap<u64, (usize, u32)> {
+    let sockets = holders.iter().map(|holder| holder.sockets.len()).sum();
+    let mut held = FxHashMap::with_capacity_and_hasher(sockets, Default::default());
+    for (index, holder) in holders.iter().enumerate() {
+        for &socket in &holder.sockets {
+            let (first, count) = held.entry(socket).or_insert((index, 0));
+            *count += 1;
+            if holder.process.start_ns < holders[*first].process.start_ns {
+                *first = index;
+            }
+        }
+    }
+    held
+}
+
+impl Table {
+    /// Takes a part of a sweep: looks at `most` sockets. All events up to its end must have been applied before the first
+    /// part; others may come between the parts. What it does not show may be held all the same, or have been by who is
+    /// known.
+    ///
+    /// Tells whether it is done.
+    pub fn sweep(
+        &mut self,
+        sweep: &mut Sweep,
+        most: usize,
+        time_ns: u64,
+        mut sink: impl FnMut(&Change<'_>),
+    ) -> bool {
+        sweep.next = match sweep.next {
+            Next::Full(from) => {
+                let next = self.sweep_full(sweep, from, most, time_ns, &mut sink);
+                next.map_or(Next::Unowned, Next::Full)
+            }
+            Next::Unowned => {
+                let from = sweep.unowned.len().saturating_sub(most);
+                for key in sweep.unowned.split_off(from) {
+                    self.waiting_for_accept(key, time_ns, &mut sink);
+                }
+                match from {
+                    0 => Next::Mini(0),
+                    _ => Next::Unowned,
+                }
+            }
+            Next::Mini(from) => {
+                let (part, next) = self.mini.part_mut(from, most);
+                for (_, mini) in part {
+                    if let Some(known) = sweep.renamed(&mini.socket) {
+                        give(&mut mini.socket, known, time_ns, &mut sink);
+                    }
+                }
+                let Some(next) = next else {
+                    return true;
+                };
+                Next::Mini(next)
+            }
+        };
+        false
+    }
+
+    fn sweep_full(
+        &mut self,
+        sweep: &mut Sweep,
+        from: usize,
+        most: usize,
+        time_ns: u64,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> Option<usize> {
+        let (part, next) = self.full.part_mut(from, most);
+        for (key, full) in part {
+            let socket = &mut full.socket;
+            if sweep.held.is_some() {
+                // Of what it does not show the count is unknown: not accepted, orphaned, or not ours to look into.
+                socket.holders = None;
+            }
+            if let Some((holder, count)) = sweep.holder(key, full.begun_ns, self.identity) {
+                socket.holders = Some(count);
+                give(socket, as_held(socket.owner, holder), time_ns, sink);
+            }
+            if let Some(known) = sweep.renamed(socket) {
+                give(socket, known, time_ns, sink);
+            }
+            if sweep.held.is_some() && may_wait(socket) {
+                sweep.unowned.push(key);
+            }
+        }
+        next
+    }
+
+    /// Gives a connection that a dump found not accepted yet to who listens, who may be known only now.
+    fn waiting_for_accept(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
+        let waits = self.full.get(key).map(|full| &full.socket);
+        let waits = waits.filter(|socket| may_wait(socket));
+        if let Some(known) = waits.and_then(|socket| self.listening(socket))
+            && let Some(socket) = self.full.socket_mut(key)
+        {
+            give(socket, known, time_ns, sink);
+        }
+    }
+}
+
+fn may_wait(socket: &Socket) -> bool {
+    socket.owner.is_none()
+        && socket.role == Some(Role::Passive)
+        && matches!(socket.state, TcpState::ESTABLISHED | TcpState::CLOSE_WAIT)
+}
+
+/// The owner of a socket that `holder` was found to hold.
+fn as_held(known: Option<Owner>, holder: &Holder) -> Known {
+    let known = known.filter(|known| known.process.is(&holder.process));
+    let owner = match known {
+        // How that was known first says more than that it still holds it; and `/proc` rounds the start.
+        Some(known) => Owner {
+            process: Process {
+                comm: holder.process.comm.or(known.process.comm),
+                ..known.process
+            },
+            source: match known.source {
+                OwnerSource::Listener | OwnerSource::Closer => OwnerSource::Sweep,
+                seen => seen,
+            },
+        },
+        None => Owner {
+            process: holder.process,
+            source: OwnerSource::Sweep,
+        },
+    };
+    (owner, holder.container.clone())
+}
