@@ -66,7 +66,7 @@ impl Daemon {
     }
 
     /// Status and body.
-    fn get(&self, path: &str) -> (u16, String) {
+    pub fn get(&self, path: &str) -> (u16, String) {
         let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
         write!(connection, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n").expect("sent");
         let mut answer = String::new();

@@ -12,6 +12,7 @@ mod daemon;
 mod judge;
 mod lab;
 mod list;
+mod model;
 mod netns;
 mod owners;
 mod record;
