@@ -88,7 +88,7 @@ fn comm_of(pid: u32) -> CString {
 }
 
 /// Sends until the peer, who does not read, has no room.
-fn fill(socket: &Tcp) {
+pub fn fill(socket: &Tcp) {
     rustix::io::ioctl_fionbio(&socket.fd, true).expect("non-blocking");
     let data = [0; 1 << 16];
     let mut full = 0;
