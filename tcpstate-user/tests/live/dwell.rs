@@ -464,7 +464,7 @@ fn ends(stay: &Stay, timer: u64, lines: &[Value], follows: bool) {
         .parse()
         .expect("a time");
     let unix = Duration::try_from(clock_gettime(ClockId::Realtime)).expect("after 1970");
-    let time = time.as_nanosecond() as i128 - unix.as_nanos() as i128 + i128::from(now());
+    let time = time.as_nanosecond() - unix.as_nanos() as i128 + i128::from(now());
     let time = u64::try_from(time).expect("after the boot");
     if follows {
         assert_eq!(line["evidence"], "fentry", "{line}");

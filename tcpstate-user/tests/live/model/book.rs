@@ -104,10 +104,13 @@ pub struct Book {
     /// By place; also those that have ended.
     pub pids: Vec<(u32, String)>,
     pub sockets: Vec<Socket>,
+    /// Of all times.
+    pub added: usize,
 }
 
 impl Book {
     pub fn add(&mut self, netns: u32, origin: (u32, &'static str), holder: (Index, i32)) -> usize {
+        self.added += 1;
         self.sockets.push(Socket {
             netns,
             ends: None,

@@ -10,9 +10,9 @@ use super::book::{Book, Index, Rows, kernels};
 use super::worker::{Call, How, Worker, name};
 use crate::sys;
 
-const STEPS: usize = 60;
+const STEPS: usize = 90;
 /// How often all is compared within a plan, and at its end.
-const PAUSE_EVERY: usize = 20;
+const PAUSE_EVERY: usize = 30;
 /// In one namespace.
 const MOST_WORKERS: usize = 4;
 
@@ -58,7 +58,7 @@ const WEIGHTS: [(What, u64); 16] = [
     (What::FastOpen, 2),
     (What::Accept, 18),
     (What::Send, 4),
-    (What::Fill, 1),
+    (What::Fill, 4),
     (What::Shutdown, 8),
     (What::Close, 12),
     (What::Reset, 3),
@@ -256,8 +256,15 @@ impl World {
                 self.call(by, Call::Send { fd });
             }
             What::Fill => {
-                let (by, fd) = self.holder(self.connection(a)?, b)?;
+                let at = self.connection(a)?;
+                let (by, fd) = self.holder(at, b)?;
                 self.call(by, Call::Fill { fd });
+                if c.is_multiple_of(2) {
+                    // Its FIN waits behind what nobody may ever read.
+                    let how = How::Write;
+                    self.book.closes(at, by);
+                    self.call(by, Call::Shutdown { fd, how });
+                }
             }
             What::Shutdown => {
                 let at = self.connection(a)?;
@@ -270,7 +277,8 @@ impl World {
             What::Reset => {
                 let at = self.connection(a)?;
                 let (by, fd) = self.holder(at, b)?;
-                self.call(by, Call::Linger0 { fd });
+                let seconds = u64::from(c.is_multiple_of(4));
+                self.call(by, Call::Linger { fd, seconds });
                 self.close(at, b)?;
             }
             What::Reconnect => self.reconnect(a, b, c)?,

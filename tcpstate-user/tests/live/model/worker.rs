@@ -68,9 +68,10 @@ pub enum Call {
         fd: i32,
         how: How,
     },
-    /// A close will reset the connection.
-    Linger0 {
+    /// A close will reset the connection, or wait that long for its end.
+    Linger {
         fd: i32,
+        seconds: u64,
     },
     Close {
         fd: i32,
@@ -339,7 +340,10 @@ fn make(call: Call) -> rustix::io::Result<i32> {
             };
             rustix::net::shutdown(borrow(fd), how)?;
         }
-        Call::Linger0 { fd } => sockopt::set_socket_linger(borrow(fd), Some(Duration::ZERO))?,
+        Call::Linger { fd, seconds } => {
+            let time = Duration::from_secs(seconds);
+            sockopt::set_socket_linger(borrow(fd), Some(time))?;
+        }
         // SAFETY: the test closes each descriptor once, and names it no more.
         Call::Close { fd } => unsafe { rustix::io::close(fd) },
         Call::Name { .. } | Call::Give { .. } | Call::Take | Call::Fork { .. } => {}
