@@ -27,8 +27,8 @@ mod worker;
 use book::{Row, Rows, bounds, is_silent, row_of};
 use driver::{What, World, plan};
 
-/// Seeds that failed once.
-const REGRESSIONS: [u64; 0] = [];
+/// Seeds that failed once: what waits at a listener was told to be a process's that had left it.
+const REGRESSIONS: [u64; 2] = [6, 35];
 const SEEDS: u64 = 100;
 /// As many at a time: a pause is mostly waiting. No more lists are held by a daemon.
 const LANES: usize = 4;
@@ -338,7 +338,8 @@ fn seeds(usual: u64) -> Vec<u64> {
         return vec![one];
     }
     let count = number("TCPSTATE_SEEDS").unwrap_or(usual);
-    REGRESSIONS.into_iter().chain(1..=count).collect()
+    let others = (1..=count).filter(|seed| !REGRESSIONS.contains(seed));
+    REGRESSIONS.into_iter().chain(others).collect()
 }
 
 /// What all lanes work on.
