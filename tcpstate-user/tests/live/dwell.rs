@@ -34,6 +34,8 @@ const TRIES: usize = 3;
 const FIN_WAIT1: u8 = 4;
 const FIN_WAIT2: u8 = 5;
 const TIME_WAIT: u8 = 6;
+const CLOSE: u8 = 7;
+const CLOSE_WAIT: u8 = 8;
 const LAST_ACK: u8 = 9;
 
 fn now() -> u64 {
@@ -46,6 +48,13 @@ fn now() -> u64 {
 struct When {
     before: u64,
     after: u64,
+}
+
+impl When {
+    /// What followed came by then.
+    const fn by(self, after: u64) -> Self {
+        Self { after, ..self }
+    }
 }
 
 /// `what` ends no sooner than what it does shows in /proc.
@@ -162,11 +171,14 @@ fn wait(milliseconds: u64) {
     thread::sleep(Duration::from_millis(milliseconds));
 }
 
-/// Of the connection, as the end with this port has it.
-fn until_in(local: SocketAddr, state: u8) {
-    until("it is in the state", || {
-        proc_states(local.port()).contains(&state)
-    });
+/// Waits for the socket to come to the state; when it did, at the latest. To look into /proc can take a tenth of a second.
+fn until_is(socket: &Tcp, state: u8) -> u64 {
+    let end = now() + 20_000_000_000;
+    while socket.state() != state {
+        assert!(now() < end, "waited in vain for state {state}");
+        thread::sleep(Duration::from_micros(100));
+    }
+    now()
 }
 
 /// Reads all that was sent, and that there is no more.
@@ -202,22 +214,21 @@ fn closes(seen: &mut Seen) -> (SocketAddr, SocketAddr, When) {
         far,
     } = connection.pair;
     wait(150);
-    let (at, ()) = when(|| {
-        active.shutdown(Shutdown::Write);
-        passive.peek();
-        until_in(near, FIN_WAIT2);
-    });
+    let (at, ()) = when(|| active.shutdown(Shutdown::Write));
     client.goes("FIN_WAIT1", at);
-    client.goes("FIN_WAIT2", at);
-    server.goes("CLOSE_WAIT", at);
+    client.goes("FIN_WAIT2", at.by(until_is(&active, FIN_WAIT2)));
+    server.goes("CLOSE_WAIT", at.by(until_is(&passive, CLOSE_WAIT)));
     wait(120);
-    let (at, ()) = when(|| {
-        drop(passive);
-        until_in(near, TIME_WAIT);
-    });
-    client.goes("TIME_WAIT", at);
+    let (at, ()) = when(|| drop(passive));
     server.goes("LAST_ACK", at);
-    server.goes("CLOSE", at);
+    // A timewait socket has its place.
+    let at = at.by(until_is(&active, CLOSE));
+    assert!(proc_states(near.port()).contains(&TIME_WAIT));
+    client.goes("TIME_WAIT", at);
+    until("its peer has closed", || {
+        !proc_states(far.port()).contains(&LAST_ACK)
+    });
+    server.goes("CLOSE", at.by(now()));
     seen.stays.extend(ours.into_iter().chain(theirs));
     seen.keep.extend([listener, active]);
     (near, far, at)
@@ -232,21 +243,15 @@ fn fin_is_held_up(seen: &mut Seen) {
         listener,
         client: active,
         server: passive,
-        near,
         ..
     } = connection.pair;
     fill(&active);
-    let (at, ()) = when(|| {
-        active.shutdown(Shutdown::Write);
-        until_in(near, FIN_WAIT1);
-    });
+    let (at, ()) = when(|| active.shutdown(Shutdown::Write));
     client.goes("FIN_WAIT1", at);
     wait(130);
-    let (at, ()) = when(|| {
-        drain(&passive);
-        until_in(near, FIN_WAIT2);
-    });
-    client.goes("FIN_WAIT2", at);
+    assert_eq!(active.state(), FIN_WAIT1);
+    let (at, ()) = when(|| drain(&passive));
+    client.goes("FIN_WAIT2", at.by(until_is(&active, FIN_WAIT2)));
     server.goes("CLOSE_WAIT", at);
     seen.stays.extend(ours.into_iter().chain(theirs));
     seen.keep.extend([listener, active, passive]);
@@ -261,33 +266,20 @@ fn last_ack_is_held_up(seen: &mut Seen) {
         listener,
         client: active,
         server: passive,
-        near,
-        far,
+        ..
     } = connection.pair;
-    let (at, ()) = when(|| {
-        active.shutdown(Shutdown::Write);
-        passive.peek();
-        until_in(near, FIN_WAIT2);
-    });
+    let (at, ()) = when(|| active.shutdown(Shutdown::Write));
     client.goes("FIN_WAIT1", at);
-    client.goes("FIN_WAIT2", at);
-    server.goes("CLOSE_WAIT", at);
+    client.goes("FIN_WAIT2", at.by(until_is(&active, FIN_WAIT2)));
+    server.goes("CLOSE_WAIT", at.by(until_is(&passive, CLOSE_WAIT)));
     fill(&passive);
-    let (at, ()) = when(|| {
-        passive.shutdown(Shutdown::Write);
-        until_in(far, LAST_ACK);
-    });
+    let (at, ()) = when(|| passive.shutdown(Shutdown::Write));
     server.goes("LAST_ACK", at);
     wait(110);
-    let (at, ()) = when(|| {
-        drain(&active);
-        until("its peer has closed", || {
-            !proc_states(far.port()).contains(&LAST_ACK)
-        });
-        until_in(near, TIME_WAIT);
-    });
-    server.goes("CLOSE", at);
-    client.goes("TIME_WAIT", at);
+    assert_eq!(passive.state(), LAST_ACK);
+    let (at, ()) = when(|| drain(&active));
+    server.goes("CLOSE", at.by(until_is(&passive, CLOSE)));
+    client.goes("TIME_WAIT", at.by(until_is(&active, CLOSE)));
     seen.stays.extend(ours.into_iter().chain(theirs));
     seen.keep.extend([listener, active, passive]);
 }
@@ -329,10 +321,8 @@ fn never_connected(seen: &mut Seen) {
         left,
     });
     let near = waiting.local();
-    let (left, ()) = when(|| {
-        drop(full);
-        until("it is reset", || proc_states(near.port()).is_empty());
-    });
+    let (left, ()) = when(|| drop(full));
+    let left = left.by(until_is(&waiting, CLOSE));
     listener.goes("CLOSE", left);
     // Its closing resets what it had not accepted.
     for (local, remote) in [(near, far), (far, near)] {
@@ -360,14 +350,13 @@ fn orphaned(seen: &mut Seen) {
         near,
         ..
     } = connection.pair;
-    let (at, ()) = when(|| {
-        drop(active);
-        passive.peek();
-        until_in(near, FIN_WAIT2);
-    });
+    let (at, ()) = when(|| drop(active));
     client.goes("FIN_WAIT1", at);
-    client.goes("FIN_WAIT2", at);
-    server.goes("CLOSE_WAIT", at);
+    server.goes("CLOSE_WAIT", at.by(until_is(&passive, CLOSE_WAIT)));
+    until("its FIN has arrived", || {
+        proc_states(near.port()).contains(&FIN_WAIT2)
+    });
+    client.goes("FIN_WAIT2", at.by(now()));
     let left = when_shown(|| !proc_states(near.port()).contains(&FIN_WAIT2));
     client.goes("CLOSE", left);
     let last = ours.pop().expect("it was in FIN_WAIT2");
