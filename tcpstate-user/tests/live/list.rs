@@ -20,7 +20,7 @@ const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
 
 /// By the kernel's numbers.
-const STATES: [&str; 12] = [
+pub const STATES: [&str; 12] = [
     "",
     "ESTABLISHED",
     "SYN_SENT",
@@ -64,7 +64,7 @@ fn proc_sockets() -> BTreeSet<Seen> {
 }
 
 /// Words of an address in the machine's order, and a port.
-fn proc_end(text: &str) -> String {
+pub fn proc_end(text: &str) -> String {
     let (addr, port) = text.split_once(':').expect("a port");
     let words = addr.as_bytes().chunks(8).map(|word| {
         let word = str::from_utf8(word).expect("ASCII");

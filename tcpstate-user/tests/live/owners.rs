@@ -88,7 +88,7 @@ fn comm_of(pid: u32) -> CString {
 }
 
 /// Sends until the peer, who does not read, has no room.
-fn fill(socket: &Tcp) {
+pub fn fill(socket: &Tcp) {
     rustix::io::ioctl_fionbio(&socket.fd, true).expect("non-blocking");
     let data = [0; 1 << 16];
     let mut full = 0;
@@ -257,7 +257,7 @@ fn sockets_from_before_the_start_have_their_owners() {
     });
 }
 
-fn send_fd(through: &OwnedFd, fd: BorrowedFd<'_>) -> Option<()> {
+pub fn send_fd(through: &OwnedFd, fd: BorrowedFd<'_>) -> Option<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let fds = [fd];
@@ -269,7 +269,7 @@ fn send_fd(through: &OwnedFd, fd: BorrowedFd<'_>) -> Option<()> {
     Some(())
 }
 
-fn receive_fd(through: &OwnedFd) -> Option<OwnedFd> {
+pub fn receive_fd(through: &OwnedFd) -> Option<OwnedFd> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -100,6 +100,17 @@ impl Tcp {
 
     pub fn local(&self) -> SocketAddr {
         address(rustix::net::getsockname(&self.fd).expect("a name"))
+    }
+
+    /// Its number; of a socket that others took the place of too (TIME_WAIT), where /proc shows those.
+    pub fn state(&self) -> u8 {
+        let mut info = [0_u8; 1];
+        let mut len = 1;
+        let (to, fd) = (info.as_mut_ptr().cast(), self.fd.as_raw_fd());
+        // SAFETY: there is room for a byte, and the kernel writes no more: the first of `tcp_info` is the state.
+        let got = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, to, &mut len) };
+        assert_eq!(got, 0, "TCP_INFO: {}", io::Error::last_os_error());
+        info[0]
     }
 
     pub fn shutdown(&self, how: Shutdown) {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::daemon::{Daemon, LOOPBACK, in_namespace};
+use crate::lab::{proc_states, until};
 use crate::sockets::Tcp;
 use crate::sys;
 
@@ -120,6 +121,45 @@ pub fn is_followed() {
         assert_eq!(last["evidence"], evidence, "{last}");
         let metrics = daemon.metrics();
         assert_eq!(metrics.state("time_wait"), 2.0);
+        assert_eq!(metrics.sum("tcpstate_corrections_total"), 0.0);
+    });
+}
+
+/// The kernel then closes at once, though it begins as for TIME_WAIT, which is all that events tell.
+pub fn has_no_room() {
+    in_namespace(|_| {
+        let limit = "net/ipv4/tcp_max_tw_buckets";
+        sys::set_sysctl(limit, "0").expect("a sysctl");
+        let daemon = Daemon::start(&["--reconcile-interval", "1h"]);
+        let listener = Tcp::listening(LOOPBACK, 8);
+        let mut closed = Vec::new();
+        // Closed while a descriptor is there, and as an orphan.
+        for orphan in [false, true, false, true] {
+            let (client, server) = (Tcp::connected(listener.local()), listener.accept());
+            closed.push(client.local().port());
+            client.shutdown(rustix::net::Shutdown::Write);
+            server.peek();
+            if orphan {
+                drop(client);
+            }
+            drop(server);
+        }
+        until("the kernel has nothing of them", || {
+            closed.iter().all(|&port| proc_states(port).is_empty())
+        });
+        let ended = Instant::now();
+        let states = ["fin_wait2", "time_wait", "last_ack", "established"];
+        // A scrape has it as of a second ago at most, and what was never there is gone when two dumps have lacked it.
+        let right = || {
+            let metrics = daemon.metrics();
+            states.map(|state| metrics.state(state)) == [0.0; 4]
+        };
+        until("nothing is told of them", right);
+        let took = ended.elapsed();
+        assert!(took < Duration::from_secs(4), "told for {took:?}");
+        let metrics = daemon.metrics();
+        // It listens too.
+        assert_eq!(metrics.state("listen"), 2.0);
         assert_eq!(metrics.sum("tcpstate_corrections_total"), 0.0);
     });
 }

@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{attribution, check, daemon, record, six, timewait};
+use crate::{attribution, check, daemon, dwell, model, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -41,4 +41,19 @@ fn what_follows_a_close_is_told() {
 #[test]
 fn attribution_of_a_prefork_servers_connections() {
     attribution::prefork_server();
+}
+
+#[test]
+fn model_of_random_sockets() {
+    model::few();
+}
+
+#[test]
+fn dwell_is_between_the_clocks_readings() {
+    dwell::is_between_the_clocks_readings();
+}
+
+#[test]
+fn time_wait_without_room_is_not_counted() {
+    timewait::has_no_room();
 }
