@@ -19,14 +19,14 @@ pub struct Sweep {
     started_ns: u64,
     next: Next,
     /// Connections that may be waiting to be accepted.
-    unowned: Vec<u64>,
+    waiting: Vec<u64>,
 }
 
 /// Where it goes on.
 #[derive(Clone, Copy, Debug)]
 enum Next {
     Full(usize),
-    Unowned,
+    Waiting,
     Mini(usize),
 }
 
@@ -46,7 +46,7 @@ impl Sweep {
             names,
             started_ns,
             next: Next::Full(0),
-            unowned: Vec::new(),
+            waiting: Vec::new(),
         }
     }
 
@@ -100,16 +100,16 @@ impl Table {
         sweep.next = match sweep.next {
             Next::Full(from) => {
                 let next = self.sweep_full(sweep, from, most, time_ns, &mut sink);
-                next.map_or(Next::Unowned, Next::Full)
+                next.map_or(Next::Waiting, Next::Full)
             }
-            Next::Unowned => {
-                let from = sweep.unowned.len().saturating_sub(most);
-                for key in sweep.unowned.split_off(from) {
+            Next::Waiting => {
+                let from = sweep.waiting.len().saturating_sub(most);
+                for key in sweep.waiting.split_off(from) {
                     self.waiting_for_accept(key, time_ns, &mut sink);
                 }
                 match from {
                     0 => Next::Mini(0),
-                    _ => Next::Unowned,
+                    _ => Next::Waiting,
                 }
             }
             Next::Mini(from) => {
@@ -151,13 +151,13 @@ impl Table {
                 give(socket, known, time_ns, sink);
             }
             if sweep.held.is_some() && may_wait(socket) {
-                sweep.unowned.push(key);
+                sweep.waiting.push(key);
             }
         }
         next
     }
 
-    /// Gives a connection that a dump found not accepted yet to who listens, who may be known only now.
+    /// Gives a connection that is not accepted yet to who listens: who that is may be known only now, or be another now.
     fn waiting_for_accept(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
         let waits = self.full.get(key).map(|full| &full.socket);
         let waits = waits.filter(|socket| may_wait(socket));
@@ -169,8 +169,10 @@ impl Table {
     }
 }
 
+/// An accepted one may be among them, whose holder the sweep did not show.
 fn may_wait(socket: &Socket) -> bool {
-    socket.owner.is_none()
+    let known = socket.owner.map(|owner| owner.source);
+    known.is_none_or(|source| source == OwnerSource::Listener)
         && socket.role == Some(Role::Passive)
         && matches!(socket.state, TcpState::ESTABLISHED | TcpState::CLOSE_WAIT)
 }

@@ -380,6 +380,26 @@ fn a_connection_that_a_dump_finds_unaccepted_is_its_listeners() {
     assert_eq!(watched.owner(CHILD), None);
 }
 
+/// The listener was passed on, and who had it closed its descriptor or is gone.
+#[test]
+fn a_connection_that_is_not_accepted_goes_with_its_listener() {
+    let events = [
+        listen(1),
+        child(5, LISTEN, SYN_RECV),
+        child(6, SYN_RECV, ESTABLISHED),
+    ];
+    let mut watched = run(Identity::Cookie, &events);
+    assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Listener)));
+    watched.swept(7, &[holder(process(WORKER, "worker"), &[LISTENER])]);
+    assert_eq!(watched.owner(LISTENER), Some((WORKER, OwnerSource::Sweep)));
+    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Listener)));
+    assert_eq!(watched.gauge(ESTABLISHED, "worker"), 1);
+    // Who has accepted it is not asked who listens.
+    watched.swept(8, &[holder(process(MASTER, "master"), &[CHILD])]);
+    watched.swept(9, &[holder(process(WORKER, "worker"), &[LISTENER])]);
+    assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Sweep)));
+}
+
 /// One that nobody has accepted yet, where accepts are seen, is no reason for one.
 #[test]
 fn a_sweep_is_wanted_where_only_it_can_tell() {
