@@ -1,36 +1,22 @@
 //! Dumps of the kernel's TCP sockets by inet_diag, namespace by namespace.
 //!
-//! Owns the netlink conversation. What a message says is `parse`'s; what a snapshot means for the table is
-//! the table's.
+//! The netlink conversation is `diag`'s, and what a message says `parse`'s; what a snapshot means for the table is the
+//! table's.
 
+mod diag;
 mod parse;
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::thread;
-use std::time::Duration;
 
 use rustc_hash::FxHashSet;
 use rustix::io::Errno;
-use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::time::{ClockId, clock_gettime};
 
-use self::parse::{Message, Request};
+use self::diag::{RECEIVE_BYTES, TRIES};
 use super::netns::{self, Lead, Namespace, NetnsError};
 use crate::model::NetnsSelection;
-use crate::table::{Record, Snapshot, StateMask, Unreachable};
-
-/// The kernel fills messages of up to 32 KiB once it has seen that the reader has room for them
-/// (`netlink_recvmsg`, `netlink_dump`); larger ones it never makes, unless one socket alone needs more.
-const RECEIVE_BYTES: usize = 64 << 10;
-
-/// Each receive call has the kernel make one batch, of milliseconds' work.
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// How often a dump that the kernel called inconsistent is tried in all.
-const TRIES: usize = 3;
+use crate::table::{Snapshot, StateMask, Unreachable};
 
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -133,106 +119,13 @@ fn take_here(
 fn dump_into(snapshot: &mut Snapshot, namespace: &Namespace) -> Result<(), DumpError> {
     namespace.enter()?;
     let before = snapshot.records.len();
-    let dumped = [AddressFamily::INET, AddressFamily::INET6]
-        .into_iter()
-        .try_for_each(|family| {
-            dump_family(
-                &mut snapshot.records,
-                family,
-                snapshot.states,
-                namespace.inode(),
-            )
-        });
+    let (states, inode) = (snapshot.states, namespace.inode());
+    let dumped = diag::dump(&mut snapshot.records, states, inode);
     match dumped {
-        Ok(()) => snapshot.netns.push(namespace.inode()),
+        Ok(()) => snapshot.netns.push(inode),
         Err(_) => snapshot.records.truncate(before),
     }
     dumped
-}
-
-fn dump_family(
-    records: &mut Vec<Record>,
-    family: AddressFamily,
-    states: StateMask,
-    netns: u32,
-) -> Result<(), DumpError> {
-    let before = records.len();
-    for _ in 0..TRIES {
-        if dump_once(records, family, states, netns)? {
-            return Ok(());
-        }
-        records.truncate(before);
-    }
-    Err(DumpError::Interrupted)
-}
-
-/// False where the kernel says that its tables changed so that the dump can't be trusted.
-fn dump_once(
-    records: &mut Vec<Record>,
-    family: AddressFamily,
-    states: StateMask,
-    netns: u32,
-) -> Result<bool, DumpError> {
-    let socket = open(PATIENCE)?;
-    let mut buffer = vec![0; RECEIVE_BYTES];
-    let mut consistent = true;
-
-    // The kernel makes the next batch before it leaves a call, not when it is asked for it: the first while it
-    // takes the request (`netlink_dump_start`), each other at the end of the receive call before its own
-    // (`netlink_recvmsg`). So a batch is as old as the call before the one that returned it.
-    let mut call_start = boot_time_ns();
-    let request = Request::new(family, states);
-    rustix::net::send(&socket, request.as_bytes(), SendFlags::empty())?;
-    let mut call_end = boot_time_ns();
-    loop {
-        let read_ns = (call_start, call_end);
-        call_start = call_end;
-        let len = receive(&socket, &mut buffer)?;
-        call_end = boot_time_ns();
-
-        for message in parse::messages(&buffer[..len]) {
-            let (message, interrupted) = message?;
-            consistent &= !interrupted;
-            match message {
-                Message::Socket(found) => records.extend(found.record(states, netns, read_ns)),
-                Message::Done(None) => return Ok(consistent),
-                Message::Failed(Errno::NOENT) | Message::Done(Some(Errno::NOENT)) => {
-                    return Err(DumpError::NoDiag);
-                }
-                Message::Failed(errno) | Message::Done(Some(errno)) => {
-                    return Err(DumpError::Refused(errno));
-                }
-                Message::Other => {}
-            }
-        }
-    }
-}
-
-/// Connected to the kernel, so that nothing else can send to it. No call waits for longer than `patience`.
-fn open(patience: Duration) -> Result<OwnedFd, DumpError> {
-    let socket = rustix::net::socket_with(
-        AddressFamily::NETLINK,
-        SocketType::DGRAM,
-        SocketFlags::CLOEXEC,
-        Some(SOCK_DIAG),
-    )?;
-    rustix::net::connect(&socket, &SocketAddrNetlink::new(0, 0))?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(patience))?;
-    Ok(socket)
-}
-
-fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<usize, DumpError> {
-    let room = buffer.len();
-    let received =
-        rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *buffer, RecvFlags::TRUNC));
-    let (_, len) = received.map_err(|errno| match errno {
-        Errno::AGAIN => DumpError::NoAnswer,
-        errno => errno.into(),
-    })?;
-    if len > room {
-        return Err(DumpError::Truncated { len });
-    }
-    Ok(len)
 }
 
 fn boot_time_ns() -> u64 {

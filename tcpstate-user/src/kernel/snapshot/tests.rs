@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use rustc_hash::FxHashSet;
-use rustix::net::AddressFamily;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+use super::diag::{PATIENCE, open, receive};
 use super::parse::{Message, Request, messages};
-use super::{DumpError, PATIENCE, boot_time_ns, open, receive, take};
+use super::{DumpError, boot_time_ns, take};
 use crate::kernel::netns;
 use crate::model::{Endpoint, Family, NetnsSelection, TcpState};
 use crate::table::{Record, StateMask};
@@ -415,7 +415,7 @@ fn a_namespace_that_may_not_be_entered_is_an_error_that_names_the_capability() {
     holder.wait().expect("ours");
 }
 
-/// One real batch: the answers to a dump of a listener and a connection, v4.
+/// One real batch: the answers to a dump of a listener and a connection.
 fn real_batch() -> Vec<u8> {
     thread::spawn(|| {
         new_namespace().expect("network namespaces need root");
@@ -423,7 +423,7 @@ fn real_batch() -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let pair = accepted(&listener);
         let socket = open(PATIENCE).expect("netlink");
-        let request = Request::new(AddressFamily::INET, StateMask::ALL);
+        let request = Request::new(StateMask::ALL);
         rustix::net::send(&socket, request.as_bytes(), rustix::net::SendFlags::empty())
             .expect("send");
         let mut buffer = vec![0; 8192];
