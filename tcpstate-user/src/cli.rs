@@ -126,8 +126,8 @@ pub struct Watch {
     #[arg(long, hide = true, default_value = "4MiB")]
     pub ring_size: RingSize,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub way: Way,
 
     #[command(
         flatten,
@@ -197,8 +197,8 @@ pub struct List {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub way: Way,
 
     #[command(
         flatten,
@@ -230,8 +230,8 @@ pub struct Daemon {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub way: Way,
 
     #[command(flatten)]
     settings: Settings,
@@ -272,8 +272,8 @@ pub struct Check {
     #[arg(long, value_name = "all|self|INODE", default_value = "all")]
     pub netns: Netns,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub way: Way,
 }
 
 fn read(path: &Path) -> anyhow::Result<Settings> {
@@ -294,6 +294,17 @@ fn read(path: &Path) -> anyhow::Result<Settings> {
         "config file {shown} is too long; expected {LONGEST_CONFIG} bytes at most"
     );
     Settings::from_toml(&text).map_err(|error| anyhow!("config file {shown}: {error}"))
+}
+
+/// How to get at the kernel; for tests of what an older one would make necessary.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct Way {
+    #[arg(long, hide = true)]
+    pub attach: Option<Attach>,
+
+    /// Dumps by inet_diag, also where there is the iterator over sockets.
+    #[arg(long, hide = true)]
+    pub inet_diag: bool,
 }
 
 named! {
@@ -329,6 +340,7 @@ mod tests {
         assert!(watch.raw && watch.utc && watch.quiet && watch.direct);
         assert_eq!(watch.netns, Netns::Own);
         assert_eq!(watch.ring_size.bytes(), 65536);
-        assert_eq!(watch.attach, Some(Attach::Tracepoint));
+        assert_eq!(watch.way.attach, Some(Attach::Tracepoint));
+        assert!(!watch.way.inet_diag);
     }
 }

@@ -30,6 +30,7 @@ use super::{
     info::{self, Block, Counters, ProgInfo, RunStats},
     optional,
     ring::{self, Drained, RingSize, WAKE_SHARE},
+    snapshot::SocketIterator,
     tracepoint,
 };
 
@@ -103,7 +104,12 @@ pub struct Options {
     pub ring_size: RingSize,
     /// Only this way, not the best that works.
     pub path: Option<Path>,
+    /// Dumps by inet_diag only, not by the iterator over sockets.
+    pub inet_diag: bool,
 }
+
+/// Why something is not in use that may well work.
+const NOT_ASKED_FOR: &str = "not asked for";
 
 /// A running trace. Nothing is pinned: with the session, or the process, all of it goes.
 pub struct Session {
@@ -117,6 +123,7 @@ pub struct Session {
     accept: Result<(), String>,
     sweep: Result<(), String>,
     time_wait: Result<(), String>,
+    sockets: Result<SocketIterator, String>,
     #[cfg(feature = "ebpf-log")]
     log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
@@ -135,7 +142,7 @@ impl Session {
         };
         let mut last_refusal = None;
         for path in candidates {
-            match Self::start_by(path, options.netns, options.ring_size.bytes()) {
+            match Self::start_by(path, options) {
                 // The verifier names a helper that it does not have no other way than it names a mistake.
                 Err(error @ StartError::Verifier { .. }) => {
                     last_refusal = Some(error);
@@ -152,8 +159,9 @@ impl Session {
         Err(last_refusal.expect("there is a candidate, and it was refused"))
     }
 
-    fn start_by(path: Path, netns: Netns, ring_size: u32) -> Result<Self, StartError> {
-        let netns = match netns {
+    fn start_by(path: Path, options: &Options) -> Result<Self, StartError> {
+        let ring_size = options.ring_size.bytes();
+        let netns = match options.netns {
             Netns::All => 0,
             Netns::Inode(_) if path == Path::Tracepoint => return Err(StartError::NetnsUnknown),
             Netns::Inode(inode) => inode,
@@ -166,7 +174,7 @@ impl Session {
             Path::TpBtf | Path::TpBtfNoCookie => btf::layout()?,
             Path::Tracepoint => {
                 tracepoint::check()?;
-                Layout::default()
+                Layout::without_btf()
             }
         };
         let switches = Switches {
@@ -204,9 +212,14 @@ impl Session {
         let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
         let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
         let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
+        let sockets = if options.inet_diag {
+            Err(NOT_ASKED_FOR.to_owned())
+        } else {
+            optional::load_sockets(&mut ebpf, path, btf.as_ref(), layout.list)
+        };
         let cookie = match path {
             Path::TpBtf => Ok(()),
-            Path::TpBtfNoCookie => Err("not asked for".to_owned()),
+            Path::TpBtfNoCookie => Err(NOT_ASKED_FOR.to_owned()),
             Path::Tracepoint => Err("it needs BTF".to_owned()),
         };
         drop(btf);
@@ -228,6 +241,7 @@ impl Session {
             accept,
             sweep,
             time_wait,
+            sockets,
             #[cfg(feature = "ebpf-log")]
             log,
         })
@@ -269,6 +283,27 @@ impl Session {
         self.sweep.as_ref().copied().map_err(String::as_str)
     }
 
+    /// To dump sockets by; else why it can't be had.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn sockets(&self) -> Result<&SocketIterator, &str> {
+        self.sockets.as_ref().map_err(String::as_str)
+    }
+
+    /// As [`sockets`](Self::sockets), where the tracer's dumps are to be made by it. Not without cookies: the table joins
+    /// records by them, and a dump by inet_diag has the kernel make them.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn dumps(&self) -> Result<&SocketIterator, &str> {
+        if self.cookies() {
+            self.sockets()
+        } else {
+            Err("it needs the socket cookie (5.12)")
+        }
+    }
+
     /// What a kernel may lack: in use, or why not.
     pub fn features(&self) -> impl Iterator<Item = (Feature, Result<(), &str>)> {
         Feature::ALL.iter().map(|&feature| {
@@ -279,6 +314,7 @@ impl Session {
                 Feature::AcceptFexit => self.accept(),
                 Feature::TimeWaitFentry => self.time_wait(),
                 Feature::TaskFileIter => self.sweep(),
+                Feature::TcpIter => self.dumps().map(drop),
             };
             (feature, in_use)
         })

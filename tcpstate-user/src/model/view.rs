@@ -113,6 +113,7 @@ named! {
         AcceptFexit = "accept_fexit",
         TimeWaitFentry = "time_wait_fentry",
         TaskFileIter = "task_file_iter",
+        TcpIter = "tcp_iter",
     }
 }
 
@@ -128,6 +129,7 @@ impl Feature {
                 "TIME_WAIT and the FIN_WAIT2 of an orphan are followed to their end, with their dwell (5.12)"
             }
             Self::TaskFileIter => "the kernel lists all holders of sockets (5.12)",
+            Self::TcpIter => "dumps tell each socket's address and the moment at which it was read",
         }
     }
 
@@ -150,6 +152,7 @@ impl Feature {
                  timer, and no dwell of them is counted"
             }
             Self::TaskFileIter => "/proc/PID/fd of every process is read, which takes longer",
+            Self::TcpIter => "inet_diag is asked, which tells neither",
         }
     }
 }

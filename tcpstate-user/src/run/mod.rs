@@ -23,7 +23,7 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use tokio::runtime::Runtime;
 
-use crate::cli::{Attach, Cli, Command};
+use crate::cli::{Attach, Cli, Command, Way};
 use crate::export::log::PROGRAM;
 use crate::filter::Netns;
 use crate::kernel::{self, RingSize, Session, netns};
@@ -50,7 +50,7 @@ pub fn run() -> ExitCode {
             return check::run(&check).unwrap_or_else(|error| fail(&error, ExitCode::FAILURE));
         }
         Command::Daemon(daemon) => match daemon.config() {
-            Ok(config) => daemon::run(&config, daemon.attach),
+            Ok(config) => daemon::run(&config, daemon.way),
             // As wrong as a wrong flag.
             Err(error) => return fail(&error, BAD_USAGE.into()),
         },
@@ -137,11 +137,7 @@ fn select(netns: Netns) -> anyhow::Result<NetnsSelection> {
 }
 
 /// Loads and attaches.
-fn attach(
-    netns: NetnsSelection,
-    ring_size: RingSize,
-    path: Option<Attach>,
-) -> anyhow::Result<Session> {
+fn attach(netns: NetnsSelection, ring_size: RingSize, way: Way) -> anyhow::Result<Session> {
     let netns = match netns {
         NetnsSelection::All => kernel::Netns::All,
         NetnsSelection::One(inode) => kernel::Netns::Inode(inode),
@@ -149,11 +145,12 @@ fn attach(
     Ok(Session::start(&kernel::Options {
         netns,
         ring_size,
-        path: path.map(|path| match path {
+        path: way.attach.map(|path| match path {
             Attach::TpBtf => kernel::Path::TpBtf,
             Attach::TpBtfNoCookie => kernel::Path::TpBtfNoCookie,
             Attach::Tracepoint => kernel::Path::Tracepoint,
         }),
+        inet_diag: way.inet_diag,
     })?)
 }
 

@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use super::attach;
 use super::streams::Batch;
 use super::tracer::{self, Tracer};
-use crate::cli::Attach;
+use crate::cli::Way;
 use crate::filter::{Filter, Subscription};
 use crate::kernel::{Path, RingSize, Session, StartError, netns};
 use crate::model::check::{Actor, Proof};
@@ -46,7 +46,7 @@ pub struct Performed {
 ///
 /// # Errors
 /// Tracing does not start.
-pub fn perform(way: Option<Attach>) -> anyhow::Result<Performed> {
+pub fn perform(way: Way) -> anyhow::Result<Performed> {
     thread::Builder::new()
         .name("proof".to_owned())
         .spawn(move || perform_here(way))
@@ -55,7 +55,7 @@ pub fn perform(way: Option<Attach>) -> anyhow::Result<Performed> {
         .map_err(|_| anyhow!("the proof's thread failed"))?
 }
 
-fn perform_here(way: Option<Attach>) -> anyhow::Result<Performed> {
+fn perform_here(way: Way) -> anyhow::Result<Performed> {
     let own_namespace = netns::enter_new();
     let inode = match own_namespace {
         Ok(inode) => inode,

@@ -25,7 +25,7 @@ use super::list::{Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
 use crate::filter::{Selection, Subscription};
 use crate::kernel::netns::Lead;
-use crate::kernel::snapshot::SnapshotError;
+use crate::kernel::snapshot::{SnapshotError, SocketIterator};
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, Program, View};
 use crate::model::{Comm, Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
@@ -195,6 +195,8 @@ struct State {
     /// Scrapes that wait for a dump, and since when.
     waiting: Vec<(u64, oneshot::Sender<Arc<View>>)>,
     lists: Lists,
+    /// To dump them by; none where inet_diag has to do.
+    sockets: Option<SocketIterator>,
     dump: Option<Dump>,
     dumped_ns: u64,
     next_full_ns: u64,
@@ -262,6 +264,7 @@ impl State {
             commands,
             waiting: Vec::new(),
             lists: Lists::default(),
+            sockets: session.dumps().ok().cloned(),
             dump: None,
             dumped_ns: 0,
             next_full_ns: 0,

@@ -121,6 +121,7 @@ pub fn features_of_this_kernel() {
     if kernel() < (5, 12) {
         missing.push(("time_wait_fentry", "it needs the socket cookie"));
         missing.push(("task_file_iter", "it needs the socket cookie"));
+        missing.push(("tcp_iter", "it needs the socket cookie"));
     }
     if let Err(error) = fs::metadata("/proc/1/ns/net") {
         missing.push(("network_namespaces", error.kind().to_string().leak()));
@@ -159,6 +160,14 @@ fn the_classic_tracepoint_is_proven_too() {
         assert_eq!(said.status, Some(3));
         said.assert_proven(Some(said.pid));
     });
+}
+
+#[test]
+fn dumps_by_inet_diag_alone_are_told() {
+    let said = Said::by(&mut Command::new(product()), &["--inet-diag"]);
+    assert_eq!(said.feature("tcp_iter"), ("missing", "not asked for"));
+    assert_eq!(said.status, Some(3));
+    said.assert_proven(Some(said.pid));
 }
 
 #[test]

@@ -36,10 +36,10 @@ const STATES: [&str; 12] = [
 ];
 
 /// State, both ends, and how much waits to be read.
-type Seen = (String, String, String, u64);
+pub type Seen = (String, String, String, u64);
 
 /// What /proc shows of the calling thread's namespace.
-fn proc_sockets() -> BTreeSet<Seen> {
+pub fn proc_sockets() -> BTreeSet<Seen> {
     let mut seen = BTreeSet::new();
     for name in ["tcp", "tcp6"] {
         let table = fs::read_to_string(format!("/proc/thread-self/net/{name}"));
@@ -76,7 +76,7 @@ fn proc_end(text: &str) -> String {
         Err(_) => IpAddr::from(<[u8; 16]>::try_from(bytes.as_slice()).expect("16 bytes")),
     };
     let port = u16::from_str_radix(port, 16).expect("hex");
-    SocketAddr::new(addr, port).to_string()
+    SocketAddr::new(addr.to_canonical(), port).to_string()
 }
 
 fn list(arguments: &[&str]) -> Vec<Value> {
@@ -162,6 +162,8 @@ fn a_list_is_what_the_kernel_has_directly_and_from_the_daemon() {
             proc_sockets().iter().any(waits)
         });
 
+        let by_inet_diag = list(&["--direct", "--inet-diag"]);
+        assert_eq!(listed(&by_inet_diag), proc_sockets());
         let direct = list(&["--direct"]);
         assert_eq!(listed(&direct), proc_sockets());
         let of_port = |rows: &[Value], state: &str, port: u16| {

@@ -9,6 +9,7 @@ mod attach;
 mod attribution;
 mod check;
 mod daemon;
+mod dumps;
 mod judge;
 mod lab;
 mod list;

@@ -21,6 +21,7 @@ pub fn six_sequences() {
             netns: Netns::Inode(lab.inode),
             ring_size: RingSize::default(),
             path: None,
+            inet_diag: false,
         };
         let mut session = Session::start(&options).expect("a second program on the tracepoint");
         six::all(lab);

@@ -23,15 +23,17 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Of processes: one alone may not have as many descriptors everywhere.
 const PAIRS: usize = 4;
 const CONNECTIONS: usize = 50_000 / PAIRS;
+/// Of a [`crowd`], with its listeners.
+pub const SOCKETS: usize = 2 * PAIRS * CONNECTIONS + PAIRS;
 const ROUNDS: u32 = 7;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long something took.
 #[derive(Clone, Copy)]
-struct Cost {
-    time: Duration,
+pub struct Cost {
+    pub time: Duration,
     /// Of the processors: what a busy machine leaves as it is.
-    work: Duration,
+    pub work: Duration,
 }
 
 impl fmt::Display for Cost {
@@ -46,67 +48,74 @@ fn worked() -> Duration {
     Duration::try_from(time).expect("not negative")
 }
 
+pub fn cost_of<T>(work: impl FnOnce() -> T) -> (Cost, T) {
+    let (begun, before) = (Instant::now(), worked());
+    let result = work();
+    let cost = Cost {
+        time: begun.elapsed(),
+        work: worked() - before,
+    };
+    (cost, result)
+}
+
 /// The least of some rounds.
 fn least<T>(mut work: impl FnMut() -> T) -> (Cost, T) {
-    let once = |work: &mut dyn FnMut() -> T| {
-        let (begun, before) = (Instant::now(), worked());
-        let result = work();
-        let cost = Cost {
-            time: begun.elapsed(),
-            work: worked() - before,
-        };
-        (cost, result)
-    };
-    let rounds = (0..ROUNDS).map(|_| once(&mut work));
+    let rounds = (0..ROUNDS).map(|_| cost_of(&mut work));
     rounds
         .min_by_key(|(cost, _)| cost.time)
         .expect("there are some")
+}
+
+/// Processes that hold 100,000 connected sockets together.
+pub fn crowd() -> Vec<Fork> {
+    let (ready, tell) = sys::pipe().expect("a pipe");
+    let process = |keep: &[BorrowedFd<'_>], open: &dyn Fn() -> Tcp| {
+        let process = Fork::new(&[keep, &[tell.as_fd()]].concat(), || {
+            let limit = getrlimit(Resource::Nofile);
+            let most = Rlimit {
+                current: limit.maximum,
+                ..limit
+            };
+            setrlimit(Resource::Nofile, most).expect("no more than is allowed");
+            for _ in 0..CONNECTIONS {
+                let _ = open().fd.into_raw_fd();
+            }
+            rustix::io::write(&tell, b"!").expect("somebody reads");
+            loop {
+                // SAFETY: waits for a signal.
+                unsafe { libc::pause() };
+            }
+        });
+        process.expect("a process")
+    };
+    let mut processes = Vec::new();
+    for _ in 0..PAIRS {
+        let listener = Tcp::listening(LOOPBACK, 64);
+        let address = listener.local();
+        processes.push(process(&[listener.fd.as_fd()], &|| listener.accept()));
+        processes.push(process(&[], &|| Tcp::connected(address)));
+    }
+    let over = Instant::now() + PATIENCE;
+    while rustix::io::ioctl_fionread(&ready).expect("a pipe") < processes.len() as u64 {
+        let ended = processes.iter().any(|process| process.ended().is_some());
+        let limit = getrlimit(Resource::Nofile);
+        assert!(!ended, "a process could not open its sockets: {limit:?}");
+        assert!(Instant::now() < over, "opening the sockets takes too long");
+        thread::sleep(Duration::from_millis(5));
+    }
+    processes
 }
 
 #[test]
 #[ignore = "measures, and has 100,000 sockets open, which others would feel"]
 fn a_sweep_of_100_000_sockets() {
     in_namespace(|inode| {
-        let (ready, tell) = sys::pipe().expect("a pipe");
-        let process = |keep: &[BorrowedFd<'_>], open: &dyn Fn() -> Tcp| {
-            let process = Fork::new(&[keep, &[tell.as_fd()]].concat(), || {
-                let limit = getrlimit(Resource::Nofile);
-                let most = Rlimit {
-                    current: limit.maximum,
-                    ..limit
-                };
-                setrlimit(Resource::Nofile, most).expect("no more than is allowed");
-                for _ in 0..CONNECTIONS {
-                    let _ = open().fd.into_raw_fd();
-                }
-                rustix::io::write(&tell, b"!").expect("somebody reads");
-                loop {
-                    // SAFETY: waits for a signal.
-                    unsafe { libc::pause() };
-                }
-            });
-            process.expect("a process")
-        };
-        let mut processes = Vec::new();
-        for _ in 0..PAIRS {
-            let listener = Tcp::listening(LOOPBACK, 64);
-            let address = listener.local();
-            processes.push(process(&[listener.fd.as_fd()], &|| listener.accept()));
-            processes.push(process(&[], &|| Tcp::connected(address)));
-        }
-        let over = Instant::now() + PATIENCE;
-        while rustix::io::ioctl_fionread(&ready).expect("a pipe") < processes.len() as u64 {
-            let ended = processes.iter().any(|process| process.ended().is_some());
-            let limit = getrlimit(Resource::Nofile);
-            assert!(!ended, "a process could not open its sockets: {limit:?}");
-            assert!(Instant::now() < over, "opening the sockets takes too long");
-            thread::sleep(Duration::from_millis(5));
-        }
-
+        let processes = crowd();
         let options = Options {
             netns: Netns::Inode(inode),
             ring_size: RingSize::default(),
             path: None,
+            inet_diag: false,
         };
         let mut session = Session::start(&options).expect("the program loads");
         let check = |way: &str, cost: Cost, holders: &[Holder]| {
@@ -137,6 +146,7 @@ fn a_sweep_of_100_000_sockets() {
                 NetnsSelection::One(inode),
                 StateMask::ALL,
                 HashSet::default(),
+                None,
             )
             .expect("a dump of the sockets")
         });

@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{attribution, check, daemon, record, six, timewait};
+use crate::{attribution, check, daemon, dumps, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -36,4 +36,9 @@ fn what_follows_a_close_is_told() {
 #[test]
 fn attribution_of_a_prefork_servers_connections() {
     attribution::prefork_server();
+}
+
+#[test]
+fn dumps_by_the_iterator_are_those_by_inet_diag() {
+    dumps::of_every_state();
 }

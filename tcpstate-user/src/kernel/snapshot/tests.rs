@@ -192,6 +192,7 @@ fn agreed(inode: u32) -> Vec<Record> {
             NetnsSelection::One(inode),
             StateMask::ALL,
             FxHashSet::default(),
+            None,
         )
         .expect("a snapshot");
         assert_eq!(snapshot.netns, [inode]);
@@ -316,7 +317,7 @@ fn a_half_open_request_is_not_a_full_syn_recv_socket() {
         // Asked for alone, each of the two kinds comes alone.
         let only = |state| {
             let mask = StateMask::of(&[state]);
-            take(NetnsSelection::One(inode), mask, FxHashSet::default())
+            take(NetnsSelection::One(inode), mask, FxHashSet::default(), None)
                 .expect("a snapshot")
                 .records
         };
@@ -332,7 +333,7 @@ fn a_mask_chooses_the_states() {
         let pair = accepted(&listener);
         let mask = StateMask::of(&[TcpState::LISTEN]);
         let snapshot =
-            take(NetnsSelection::One(inode), mask, FxHashSet::default()).expect("a snapshot");
+            take(NetnsSelection::One(inode), mask, FxHashSet::default(), None).expect("a snapshot");
         assert_eq!(snapshot.states, mask);
         assert_eq!(
             states(&snapshot.records),
@@ -362,8 +363,13 @@ fn all_namespaces_are_entered_and_the_caller_stays_where_it_is() {
     let port = listener.local_addr().expect("bound").port();
 
     let home = netns::own().expect("/proc");
-    let snapshot =
-        take(NetnsSelection::All, StateMask::ALL, FxHashSet::default()).expect("a snapshot");
+    let snapshot = take(
+        NetnsSelection::All,
+        StateMask::ALL,
+        FxHashSet::default(),
+        None,
+    )
+    .expect("a snapshot");
     assert_eq!(netns::own().expect("/proc"), home);
     assert_ne!(home, inode);
     assert!(snapshot.netns.contains(&home) && snapshot.netns.contains(&inode));
@@ -400,6 +406,7 @@ fn a_namespace_that_may_not_be_entered_is_an_error_that_names_the_capability() {
             NetnsSelection::One(inode),
             StateMask::ALL,
             FxHashSet::default(),
+            None,
         )
         .expect_err("may not enter")
         .to_string()

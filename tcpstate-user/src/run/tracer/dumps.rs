@@ -115,6 +115,7 @@ impl State {
             FxHashSet::default()
         };
         let states = Self::states(dump);
+        let iterator = self.sockets.clone();
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -122,7 +123,7 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let result = snapshot::take(netns, states, leads);
+                let result = snapshot::take(netns, states, leads, iterator);
                 // The tracer may have ended meanwhile.
                 let _ = commands.send(Command::Dumped(dump, result, names(&owners)));
             });
@@ -238,14 +239,15 @@ impl State {
         // There a dump's sockets are joined with the table's by number only: which is which is not known.
         let joins = session.path() != Path::Tracepoint;
         let (netns, leads) = (self.netns, self.leads());
+        let sockets = self.sockets.clone();
         let sweep = move || {
             let started_ns = now_ns();
             let found = match iterator {
                 Some(file) => owner::by_iterator(file?)?,
                 None if !joins => Swept::default(),
                 None => {
-                    let dump =
-                        snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
+                    let dump = snapshot::take(netns, StateMask::ALL, leads, sockets);
+                    let dump = dump.map_err(io::Error::other)?;
                     owner::by_proc(&dump.records)?
                 }
             };
