@@ -45,6 +45,29 @@ pub struct Offsets {
     pub tw_substate: u32,
     /// In `struct socket`: `sk`.
     pub socket_sk: u32,
+    pub list: ListOffsets,
+}
+
+/// Those that only the iterator over all sockets needs; unused where it can't be had.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoBytes, Immutable)]
+pub struct ListOffsets {
+    /// In `struct sock`.
+    pub sk_state: u32,
+    pub sk_socket: u32,
+    pub sk_ack_backlog: u32,
+    pub sk_max_ack_backlog: u32,
+    /// In `struct tcp_sock`.
+    pub tcp_rcv_nxt: u32,
+    pub tcp_copied_seq: u32,
+    pub tcp_write_seq: u32,
+    pub tcp_snd_una: u32,
+    /// In `struct inet_timewait_sock`: `tw_timer.expires`.
+    pub tw_expires: u32,
+    /// In `struct request_sock`: `rsk_timer.expires`.
+    pub rsk_expires: u32,
+    /// In `struct socket_alloc`, which begins with the `struct socket`: `vfs_inode.i_ino`.
+    pub socket_ino: u32,
 }
 
 #[repr(C)]
@@ -56,5 +79,5 @@ pub struct Switches {
     pub wake_bytes: u32,
 }
 
-const _: () = assert!(size_of::<Offsets>() == 26 * 4);
+const _: () = assert!(size_of::<Offsets>() == 37 * 4);
 const _: () = assert!(size_of::<Switches>() == 8);

@@ -7,8 +7,10 @@
 pub mod config;
 pub mod counters;
 pub mod event;
+pub mod socket;
 pub mod state;
 pub mod tracepoint;
 
 pub use event::{Accept, Event, Holder, SetState, TimeWait};
+pub use socket::Socket;
 pub use state::TcpState;

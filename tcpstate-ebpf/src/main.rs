@@ -5,7 +5,8 @@
 //! shared with the user side is in [`maps`]; the record itself is `tcpstate_common::SetState`.
 //!
 //! Three programs for three kinds of kernel; the loader loads one of them. Beside it, where the kernel takes them,
-//! [`accept`] tells who took a connection, [`time_wait`] what becomes of a closed one, and [`sweep`] lists who holds sockets when it is asked. Nothing is decided here that the
+//! [`accept`] tells who took a connection, [`time_wait`] what becomes of a closed one; asked for it, [`sweep`]
+//! lists who holds sockets, and [`sockets`] all there are. Nothing is decided here that the
 //! user side could decide: no tables, no filters but protocol and network namespace.
 
 #![feature(asm_experimental_arch)]
@@ -18,6 +19,7 @@ mod maps;
 mod process;
 mod set_state;
 mod sock;
+mod sockets;
 mod sweep;
 mod time_wait;
 

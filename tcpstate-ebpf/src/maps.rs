@@ -39,10 +39,10 @@ pub static SWITCHES: Switches = unsafe { core::mem::zeroed() };
 /// The offset of a field in the running kernel. The map behind it is read-only and frozen, so the verifier knows
 /// the value and takes `pointer + offset!(field)` for what it takes a field access in C for.
 macro_rules! offset {
-    ($field:ident) => {
+    ($($field:tt)+) => {
         // SAFETY: reads an initialised static through a pointer made from it; volatile, because the loader
         // replaces the value behind the compiler's back.
-        unsafe { core::ptr::read_volatile(&raw const $crate::maps::OFFSETS.$field) as usize }
+        unsafe { core::ptr::read_volatile(&raw const $crate::maps::OFFSETS.$($field)+) as usize }
     };
 }
 

@@ -1,7 +1,7 @@
 //! The socket of a transition, read field by field; what the fields mean is the kernel's and the user side's.
 
-use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_skc_to_tcp_sock};
-use tcpstate_common::event::AF_INET;
+use aya_ebpf::helpers::{bpf_get_socket_cookie, bpf_probe_read_kernel, bpf_skc_to_tcp_sock};
+use tcpstate_common::{TcpState, event::AF_INET};
 
 use crate::maps::{offset, switch};
 
@@ -22,11 +22,20 @@ pub struct TcpSock(*const u8);
 
 /// Loads the field of that name in [`Offsets`](tcpstate_common::config::Offsets) from a struct at a pointer with BTF type.
 macro_rules! load {
-    ($base:expr, $field:ident) => {{
-        let offset = offset!($field);
+    ($base:expr, $($field:tt)+) => {{
+        let offset = offset!($($field)+);
         // SAFETY: the offset is the field's in the struct that the base points to, by the kernel's own BTF, and the
         // type has the field's size. The verifier refuses the program where a load leaves the struct.
         unsafe { load_at($base, offset) }
+    }};
+}
+
+/// As [`load!`], by a copy through a helper: the verifier need not know what the base points to. 0 where that fails.
+macro_rules! copy {
+    ($base:expr, $($field:tt)+) => {{
+        let from = $base.wrapping_add(offset!($($field)+)).cast();
+        // SAFETY: the helper checks the address and fails on one that is not mapped.
+        unsafe { bpf_probe_read_kernel(from) }.unwrap_or_default()
     }};
 }
 
@@ -61,6 +70,11 @@ impl Sock {
     pub fn is_tcp(self) -> bool {
         let protocol: u16 = load!(self.0, sk_protocol);
         protocol == IPPROTO_TCP
+    }
+
+    #[inline(always)]
+    pub fn state(self) -> TcpState {
+        TcpState::from_kernel(load!(self.0, list.sk_state))
     }
 
     #[inline(always)]
@@ -139,6 +153,24 @@ impl Sock {
         }
     }
 
+    /// Of a timewait socket: the state that it stands for, and the jiffy that it ends at. By copies, since the helper that
+    /// would give the verifier its type, and that for requests, know `tcp_prot` and `tcpv6_prot` only; MPTCP has sockets
+    /// with another one.
+    #[inline(always)]
+    pub fn time_wait(self) -> (TcpState, u64) {
+        let substate = copy!(self.0, tw_substate);
+        (
+            TcpState::from_kernel(substate),
+            copy!(self.0, list.tw_expires),
+        )
+    }
+
+    /// Of a request: the jiffy of its next retransmission.
+    #[inline(always)]
+    pub fn request_expires(self) -> u64 {
+        copy!(self.0, list.rsk_expires)
+    }
+
     /// The same socket as the struct that its TCP fields are in: past the end of `struct sock` the verifier wants
     /// to know that they are there. `None` never for TCP; costs a helper call, so only where it is needed. 5.9+
     #[inline(always)]
@@ -159,6 +191,46 @@ impl TcpSock {
     #[inline(always)]
     pub fn linger2(self) -> i32 {
         load!(self.0, tcp_linger2)
+    }
+
+    /// As [`Sock::uid`].
+    #[inline(always)]
+    pub fn uid(self) -> u32 {
+        load!(self.0, sk_uid)
+    }
+
+    /// Inode of the socket's file; 0 where it has none (`sock_i_ino`).
+    #[inline(always)]
+    pub fn inode(self) -> u32 {
+        let socket: *const u8 = load!(self.0, list.sk_socket);
+        if socket.is_null() {
+            return 0;
+        }
+        // It stands behind the socket, where the verifier lets nobody look.
+        let inode: u64 = copy!(socket, list.socket_ino);
+        inode as u32
+    }
+
+    /// Connections that wait to be accepted, and how many may.
+    #[inline(always)]
+    pub fn backlog(self) -> (u32, u32) {
+        (
+            load!(self.0, list.sk_ack_backlog),
+            load!(self.0, list.sk_max_ack_backlog),
+        )
+    }
+
+    /// Bytes received and not read, sent and not acknowledged (`tcp_diag_get_info`).
+    #[inline(always)]
+    pub fn queues(self) -> (u32, u32) {
+        let received: u32 = load!(self.0, list.tcp_rcv_nxt);
+        let read: u32 = load!(self.0, list.tcp_copied_seq);
+        let sent: u32 = load!(self.0, list.tcp_write_seq);
+        let acknowledged: u32 = load!(self.0, list.tcp_snd_una);
+        let unread = received.wrapping_sub(read);
+        // A FIN that was read counts as one more read than received.
+        let unread = if unread.cast_signed() < 0 { 0 } else { unread };
+        (unread, sent.wrapping_sub(acknowledged))
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::fs;
 
-use tcpstate_common::config::Offsets;
+use tcpstate_common::config::{ListOffsets, Offsets};
 
 /// The running kernel's BTF.
 pub const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
@@ -43,11 +43,24 @@ pub enum BtfError {
 use BtfError::Malformed;
 
 /// What the eBPF programs need to know of the kernel that runs them.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug)]
 pub struct Layout {
     pub offsets: Offsets,
+    /// Whether `offsets` has those in `list`; else why not.
+    pub list: Result<(), String>,
     /// Of `inet_csk_accept`; `None` where there is no such function to attach to.
     pub accept_arguments: Option<usize>,
+}
+
+impl Layout {
+    #[must_use]
+    pub fn without_btf() -> Self {
+        Self {
+            offsets: Offsets::default(),
+            list: Err("it needs BTF".to_owned()),
+            accept_arguments: None,
+        }
+    }
 }
 
 /// Reads the running kernel's BTF.
@@ -56,9 +69,15 @@ pub struct Layout {
 /// Where there is no BTF, or it is not as expected.
 pub fn layout() -> Result<Layout, BtfError> {
     let bytes = fs::read(VMLINUX).map_err(BtfError::Read)?;
-    let btf = Btf::parse(&bytes)?;
+    layout_in(&Btf::parse(&bytes)?)
+}
+
+fn layout_in(btf: &Btf<'_>) -> Result<Layout, BtfError> {
+    let mut offsets = offsets_in(btf)?;
+    let list = list_offsets_in(btf).map(|found| offsets.list = found);
     Ok(Layout {
-        offsets: offsets_in(&btf)?,
+        offsets,
+        list: list.map_err(|error| error.to_string()),
         accept_arguments: btf.arguments("inet_csk_accept")?,
     })
 }
@@ -108,6 +127,29 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
         tw_net: timewait.offset("__tw_common.skc_net.net", 8)?,
         tw_substate: timewait.offset("tw_substate", 1)?,
         socket_sk: socket.offset("sk", 8)?,
+        list: ListOffsets::default(),
+    })
+}
+
+/// Apart, since without them no more than the iterator over sockets is lost.
+fn list_offsets_in(btf: &Btf<'_>) -> Result<ListOffsets, BtfError> {
+    let sock = btf.structure("sock")?;
+    let tcp_sock = btf.structure("tcp_sock")?;
+    let timewait = btf.structure("inet_timewait_sock")?;
+    let request = btf.structure("request_sock")?;
+    let allocated = btf.structure("socket_alloc")?;
+    Ok(ListOffsets {
+        sk_state: sock.offset("__sk_common.skc_state", 1)?,
+        sk_socket: sock.offset("sk_socket", 8)?,
+        sk_ack_backlog: sock.offset("sk_ack_backlog", 4)?,
+        sk_max_ack_backlog: sock.offset("sk_max_ack_backlog", 4)?,
+        tcp_rcv_nxt: tcp_sock.offset("rcv_nxt", 4)?,
+        tcp_copied_seq: tcp_sock.offset("copied_seq", 4)?,
+        tcp_write_seq: tcp_sock.offset("write_seq", 4)?,
+        tcp_snd_una: tcp_sock.offset("snd_una", 4)?,
+        tw_expires: timewait.offset("tw_timer.expires", 8)?,
+        rsk_expires: request.offset("rsk_timer.expires", 8)?,
+        socket_ino: allocated.offset("vfs_inode.i_ino", 8)?,
     })
 }
 

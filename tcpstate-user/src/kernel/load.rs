@@ -33,6 +33,7 @@ use super::{
     info::{self, Block, Counters, ProgInfo, RunStats},
     optional,
     ring::{self, Drained, RingSize, WAKE_SHARE},
+    snapshot::SocketIterator,
     tracepoint,
 };
 
@@ -120,6 +121,7 @@ pub struct Session {
     accept: Result<(), String>,
     sweep: Result<(), String>,
     time_wait: Result<(), String>,
+    sockets: Result<SocketIterator, String>,
     #[cfg(feature = "ebpf-log")]
     log: aya_log::EbpfLogger<&'static dyn log::Log>,
 }
@@ -169,7 +171,7 @@ impl Session {
             Path::TpBtf | Path::TpBtfNoCookie => btf::layout()?,
             Path::Tracepoint => {
                 tracepoint::check()?;
-                Layout::default()
+                Layout::without_btf()
             }
         };
         let switches = Switches {
@@ -207,6 +209,7 @@ impl Session {
         let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
         let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
         let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
+        let sockets = optional::load_sockets(&mut ebpf, path, btf.as_ref(), layout.list);
         let cookie = match path {
             Path::TpBtf => Ok(()),
             Path::TpBtfNoCookie => Err("not asked for".to_owned()),
@@ -231,6 +234,7 @@ impl Session {
             accept,
             sweep,
             time_wait,
+            sockets,
             #[cfg(feature = "ebpf-log")]
             log,
         })
@@ -272,9 +276,18 @@ impl Session {
         self.sweep.as_ref().copied().map_err(String::as_str)
     }
 
-    /// What a kernel may lack: in use, or why not.
+    /// To dump sockets with their addresses, where events have no cookie; else why it can't be had, or is not needed.
+    ///
+    /// # Errors
+    /// The reason.
+    pub fn sockets(&self) -> Result<&SocketIterator, &str> {
+        self.sockets.as_ref().map_err(String::as_str)
+    }
+
+    /// What a kernel may lack: in use, or why not. Without what is not needed.
     pub fn features(&self) -> impl Iterator<Item = (Feature, Result<(), &str>)> {
-        Feature::ALL.iter().map(|&feature| {
+        let needed = |feature: &Feature| *feature != Feature::TcpIter || !self.cookies();
+        Feature::ALL.iter().copied().filter(needed).map(|feature| {
             let in_use = match feature {
                 Feature::TpBtf if self.path == Path::Tracepoint => Err("the kernel has no BTF"),
                 Feature::TpBtf => Ok(()),
@@ -282,6 +295,7 @@ impl Session {
                 Feature::AcceptFexit => self.accept(),
                 Feature::TimeWaitFentry => self.time_wait(),
                 Feature::TaskFileIter => self.sweep(),
+                Feature::TcpIter => self.sockets().map(drop),
             };
             (feature, in_use)
         })

@@ -1,17 +1,18 @@
-//! The programs that a kernel may lack or refuse: behind accept, on timewait sockets, and the iterator over all
-//! descriptors. Without them some of the truth comes later, by dumps and from `/proc`; nothing fails.
+//! The programs that a kernel may lack or refuse: behind accept, on timewait sockets, and the iterators over all
+//! descriptors and all sockets. Without them some of the truth comes later, or takes longer; nothing fails.
 
-use std::{error::Error, fs::File, io};
+use std::{error::Error, fs::File, io, os::fd::AsFd as _};
 
 use aya::{
     Btf, Ebpf,
     programs::{FEntry, FExit, Iter, ProgramError, fentry::FEntryLinkId},
 };
 
-use super::{capability::in_short, load::Path};
+use super::{capability::in_short, load::Path, snapshot::SocketIterator};
 
 const ACCEPT: &str = "inet_csk_accept";
 const SWEEP: &str = "sweep";
+const SOCKETS: &str = "sockets";
 
 /// Each with the function that it is attached to.
 const TIME_WAIT: [(&str, &str); 3] = [
@@ -123,6 +124,36 @@ pub(super) fn begin_sweep(ebpf: &mut Ebpf) -> io::Result<File> {
     begin().map_err(io::Error::other)
 }
 
+/// `offsets`: whether the program has those that only it needs.
+///
+/// # Errors
+/// Why not, in a few words.
+pub(super) fn load_sockets(
+    ebpf: &mut Ebpf,
+    path: Path,
+    btf: Option<&Btf>,
+    offsets: Result<(), String>,
+) -> Result<SocketIterator, String> {
+    match path {
+        // From 5.15 the kernel locks each socket for the iterator. A process keeps that lock while its call waits for memory
+        // (of a file on a server that is gone, userfaultfd), and nothing ends the iterator's wait.
+        Path::TpBtf => return Err("sockets have cookies".to_owned()),
+        Path::TpBtfNoCookie => {}
+        Path::Tracepoint => return Err("it needs BTF".to_owned()),
+    }
+    offsets?;
+    let mut load = || {
+        let btf = btf.ok_or(ProgramError::UnexpectedProgramType)?;
+        let program = ebpf.program_mut(SOCKETS);
+        let program: &mut Iter = program
+            .ok_or(ProgramError::UnexpectedProgramType)?
+            .try_into()?;
+        program.load("tcp", btf)?;
+        SocketIterator::new(program.fd()?.as_fd()).map_err(ProgramError::IOError)
+    };
+    short(load())
+}
+
 fn sweep_program(ebpf: &mut Ebpf) -> Result<&mut Iter, ProgramError> {
     let program = ebpf.program_mut(SWEEP);
     program
@@ -130,6 +161,6 @@ fn sweep_program(ebpf: &mut Ebpf) -> Result<&mut Iter, ProgramError> {
         .try_into()
 }
 
-fn short(result: Result<(), ProgramError>) -> Result<(), String> {
+fn short<T>(result: Result<T, ProgramError>) -> Result<T, String> {
     result.map_err(|error| in_short(&error))
 }

@@ -113,6 +113,7 @@ named! {
         AcceptFexit = "accept_fexit",
         TimeWaitFentry = "time_wait_fentry",
         TaskFileIter = "task_file_iter",
+        TcpIter = "tcp_iter",
     }
 }
 
@@ -128,6 +129,9 @@ impl Feature {
                 "TIME_WAIT and the FIN_WAIT2 of an orphan are followed to their end, with their dwell (5.12)"
             }
             Self::TaskFileIter => "the kernel lists all holders of sockets (5.12)",
+            Self::TcpIter => {
+                "where events have no cookie, dumps tell each socket's address, and so which is which (5.9)"
+            }
         }
     }
 
@@ -139,8 +143,7 @@ impl Feature {
                  connection ended"
             }
             Self::SocketCookie => {
-                "sockets are told apart by their address and a generation, so that like ones can be taken for each \
-                 other"
+                "sockets are told apart by their address and a generation, and show no cookie that nobody asked for"
             }
             Self::AcceptFexit => {
                 "a connection belongs to its listener until a sweep finds its holder or a process closes it"
@@ -150,6 +153,7 @@ impl Feature {
                  timer, and no dwell of them is counted"
             }
             Self::TaskFileIter => "/proc/PID/fd of every process is read, which takes longer",
+            Self::TcpIter => "sockets with the same ends can be taken for each other",
         }
     }
 }
@@ -162,6 +166,8 @@ named! {
         Accept = "accept",
         TimeWait = "time_wait",
         Sweep = "sweep",
+        /// The iterator over sockets, of full dumps.
+        Sockets = "sockets",
     }
 }
 

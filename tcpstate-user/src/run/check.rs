@@ -143,6 +143,7 @@ fn inet_diag() -> Finding {
             NetnsSelection::One(own),
             StateMask::ALL,
             FxHashSet::default(),
+            None,
         )
     });
     let (status, reason) = match dump {
@@ -163,6 +164,7 @@ fn network_namespaces(selection: NetnsSelection, path: Option<Path>) -> Finding 
         selection,
         StateMask::of(&[TcpState::LISTEN]),
         FxHashSet::default(),
+        None,
     );
     let (status, reason) = match (dump, selection) {
         (Ok(_), NetnsSelection::One(_)) if path == Some(Path::Tracepoint) => {

@@ -28,6 +28,7 @@ use super::list::{self, Lists, NoList, Reply};
 use super::streams::{Batch, MOST_STREAMS, Stream, Streams};
 use crate::filter::{Selection, Subscription};
 use crate::kernel::netns::Lead;
+use crate::kernel::snapshot::SocketIterator;
 use crate::kernel::{Counters, Drained, Path, Session};
 use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, View};
 use crate::model::{Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
@@ -195,6 +196,8 @@ struct State {
     /// Scrapes that wait for a dump, and since when.
     waiting: Vec<(u64, oneshot::Sender<Arc<View>>)>,
     lists: Lists,
+    /// To dump sockets by; none where inet_diag has to do.
+    iterator: Option<SocketIterator>,
     work: VecDeque<Work>,
     /// What is being made or merged.
     dump: Option<Dump>,
@@ -264,6 +267,7 @@ impl State {
             commands,
             waiting: Vec::new(),
             lists: Lists::default(),
+            iterator: session.sockets().ok().cloned(),
             work: VecDeque::new(),
             dump: None,
             dumped_ns: 0,
@@ -536,7 +540,8 @@ impl State {
 fn identity(session: &Session) -> Identity {
     match session.path() {
         Path::TpBtf => Identity::Cookie,
-        // inet_diag, by which dumps are made, tells no address.
+        Path::TpBtfNoCookie if session.sockets().is_ok() => Identity::Address,
+        // inet_diag tells no address.
         Path::TpBtfNoCookie | Path::Tracepoint => Identity::Ends,
     }
 }

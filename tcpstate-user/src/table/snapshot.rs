@@ -86,7 +86,8 @@ pub struct Record {
 
 impl Record {
     /// A timewait socket or a request: their records have a timer of their own kind.
-    pub(super) fn is_mini(&self) -> bool {
+    #[must_use]
+    pub fn is_mini(&self) -> bool {
         self.expires_ns.is_some() || self.state == TcpState::NEW_SYN_RECV
     }
 }

@@ -168,7 +168,7 @@ fn snapshots_and_sweeps() {
         let mut session = Session::start(&options).expect("the program loads");
         let dump = |states| {
             let netns = NetnsSelection::One(inode);
-            snapshot::take(netns, states, HashSet::default()).expect("a dump of the sockets")
+            snapshot::take(netns, states, HashSet::default(), None).expect("a dump of the sockets")
         };
         // What a scrape asks for.
         let minisockets = StateMask::of(&[

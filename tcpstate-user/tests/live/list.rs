@@ -36,10 +36,10 @@ pub const STATES: [&str; 12] = [
 ];
 
 /// State, both ends, and how much waits to be read.
-type Seen = (String, String, String, u64);
+pub type Seen = (String, String, String, u64);
 
 /// What /proc shows of the calling thread's namespace.
-fn proc_sockets() -> BTreeSet<Seen> {
+pub fn proc_sockets() -> BTreeSet<Seen> {
     let mut seen = BTreeSet::new();
     for name in ["tcp", "tcp6"] {
         let table = fs::read_to_string(format!("/proc/thread-self/net/{name}"));

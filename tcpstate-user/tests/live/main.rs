@@ -10,6 +10,7 @@ mod attribution;
 mod bench;
 mod check;
 mod daemon;
+mod dumps;
 mod dwell;
 mod judge;
 mod lab;

@@ -1,7 +1,7 @@
 //! What is tried first on other kernels, by the filter `vm::`: 5.10 and up, from a bare initramfs.
 
 use crate::lab::{Attach, Lab};
-use crate::{attribution, check, daemon, dwell, model, record, six, timewait};
+use crate::{attribution, check, daemon, dumps, dwell, model, record, six, timewait};
 
 #[test]
 fn attaches_and_ends() {
@@ -56,4 +56,9 @@ fn dwell_is_between_the_clocks_readings() {
 #[test]
 fn time_wait_without_room_is_not_counted() {
     timewait::has_no_room();
+}
+
+#[test]
+fn dumps_by_the_iterator_are_those_by_inet_diag() {
+    dumps::of_every_state();
 }

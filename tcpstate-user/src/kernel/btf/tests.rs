@@ -179,6 +179,7 @@ const READ: &[(&str, Shape<'_>)] = {
                         ("skc_dport", Bytes(2)),
                         ("skc_num", Bytes(2)),
                         ("skc_family", Bytes(2)),
+                        ("skc_state", Bytes(1)),
                         ("skc_net", Struct(&[("net", Bytes(8))])),
                         ("skc_v6_daddr", Bytes(16)),
                         ("skc_v6_rcv_saddr", Bytes(16)),
@@ -190,6 +191,9 @@ const READ: &[(&str, Shape<'_>)] = {
                 ("sk_uid", Bytes(4)),
                 ("sk_protocol", Bytes(2)),
                 ("sk_shutdown", Bytes(1)),
+                ("sk_socket", Bytes(8)),
+                ("sk_ack_backlog", Bytes(4)),
+                ("sk_max_ack_backlog", Bytes(4)),
             ]),
         ),
         (
@@ -200,10 +204,25 @@ const READ: &[(&str, Shape<'_>)] = {
                     Struct(&[("icsk_inet", Struct(&[("inet_sport", Bytes(2))]))]),
                 ),
                 ("linger2", Bytes(4)),
+                ("rcv_nxt", Bytes(4)),
+                ("copied_seq", Bytes(4)),
+                ("write_seq", Bytes(4)),
+                ("snd_una", Bytes(4)),
             ]),
         ),
         ("net", Struct(&[("ns", Struct(&[("inum", Bytes(4))]))])),
         ("socket", Struct(&[("sk", Bytes(8))])),
+        (
+            "socket_alloc",
+            Struct(&[
+                ("socket", Bytes(128)),
+                ("vfs_inode", Struct(&[("i_ino", Bytes(8))])),
+            ]),
+        ),
+        (
+            "request_sock",
+            Struct(&[("rsk_timer", Struct(&[("expires", Bytes(8))]))]),
+        ),
         (
             "inet_timewait_sock",
             Struct(&[
@@ -215,6 +234,7 @@ const READ: &[(&str, Shape<'_>)] = {
                     ]),
                 ),
                 ("tw_substate", Bytes(1)),
+                ("tw_timer", Struct(&[("expires", Bytes(8))])),
             ]),
         ),
         (
@@ -253,21 +273,33 @@ fn add(blob: &mut Blob, name: &str, shape: &Shape<'_>, missing: &[&str]) -> (u32
 }
 
 /// As of a kernel whose structs lack these fields.
-fn offsets_without(missing: &[&str]) -> Result<Offsets, String> {
+fn layout_without(missing: &[&str]) -> Result<Layout, String> {
     let mut blob = Blob::default();
     for (name, shape) in READ {
         add(&mut blob, name, shape, missing);
     }
     let bytes = blob.bytes();
-    let found = Btf::parse(&bytes).and_then(|btf| offsets_in(&btf));
+    let found = Btf::parse(&bytes).and_then(|btf| layout_in(&btf));
     found.map_err(|error| error.to_string())
 }
 
 #[test]
+fn what_only_the_list_of_sockets_needs_is_no_error() {
+    let whole = layout_without(&[]).unwrap();
+    assert_eq!(whole.list, Ok(()));
+    assert_eq!(whole.offsets.list.socket_ino, 128);
+    let without = layout_without(&["rsk_timer"]).unwrap();
+    let reason = "the kernel's BTF has no field request_sock.rsk_timer.expires";
+    assert_eq!(without.list, Err(reason.to_owned()));
+    assert_eq!(without.offsets.list, ListOffsets::default());
+    assert_eq!(without.offsets.sk_err, whole.offsets.sk_err);
+}
+
+#[test]
 fn a_kernel_built_without_what_is_needed_is_told_the_option() {
-    let whole = offsets_without(&[]).unwrap();
-    assert_eq!((whole.sk_net, whole.sk_err, whole.tcp_linger2), (14, 70, 2));
-    let without = |missing: &[&str]| offsets_without(missing).unwrap_err();
+    let whole = layout_without(&[]).unwrap().offsets;
+    assert_eq!((whole.sk_net, whole.sk_err, whole.tcp_linger2), (15, 71, 2));
+    let without = |missing: &[&str]| layout_without(missing).unwrap_err();
     let option = |option| format!("the kernel was built without {option}, which tcpstate needs");
     assert_eq!(without(&["net"]), option("CONFIG_NET_NS"));
     let v6 = ["skc_v6_daddr", "skc_v6_rcv_saddr"];
@@ -346,6 +378,7 @@ fn other_files_are_refused() {
 fn the_running_kernel_has_each_field() {
     let layout = layout().unwrap();
     assert!(matches!(layout.accept_arguments, Some(2 | 4)));
+    assert_eq!(layout.list, Ok(()));
     let found = layout.offsets;
     let known = Offsets {
         sk_daddr: 0,

@@ -7,7 +7,6 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use rustix::io::Errno;
-use rustix::net::AddressFamily;
 use tcpstate_common::TcpState;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -16,11 +15,12 @@ use crate::table::{Record, StateMask};
 
 const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
+/// The older of inet_diag's two requests, and its answers: the only one that takes both families in one go through the
+/// kernel's tables (`inet_diag_dump_compat`).
+const TCPDIAG_GETSOCK: u16 = 18;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_DUMP: u16 = 0x300;
-const IPPROTO_TCP: u8 = 6;
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
 /// Attribute with `sk_shutdown`.
@@ -74,21 +74,22 @@ const _: () = assert!(size_of::<Header>() == 16);
 const _: () = assert!(size_of::<SocketId>() == 48);
 const _: () = assert!(size_of::<DiagMessage>() == 72);
 
-/// `struct nlmsghdr` and `struct inet_diag_req_v2`, asking for a dump.
+/// `struct nlmsghdr` and `struct inet_diag_req`, asking for a dump.
 #[repr(C)]
 #[derive(IntoBytes, Immutable)]
 pub(super) struct Request {
     header: Header,
+    /// Of a single socket, and so are the lengths of prefixes.
     family: u8,
-    protocol: u8,
+    prefixes: [u8; 2],
     extensions: u8,
-    pad: u8,
-    states: [u8; 4],
     id: SocketId,
+    states: [u8; 4],
+    tables: [u8; 4],
 }
 
 impl Request {
-    pub(super) fn new(family: AddressFamily, states: StateMask) -> Self {
+    pub(super) fn new(states: StateMask) -> Self {
         let mut bits = states.bits();
         if states.contains(TcpState::NEW_SYN_RECV) {
             // `inet_diag_dump_icsk` gives requests to whoever asks for SYN_RECV, and to nobody else.
@@ -97,17 +98,17 @@ impl Request {
         Self {
             header: Header {
                 len: (size_of::<Self>() as u32).to_ne_bytes(),
-                kind: SOCK_DIAG_BY_FAMILY.to_ne_bytes(),
+                kind: TCPDIAG_GETSOCK.to_ne_bytes(),
                 flags: (NLM_F_REQUEST | NLM_F_DUMP).to_ne_bytes(),
                 sequence: [0; 4],
                 port: [0; 4],
             },
-            family: family.as_raw() as u8,
-            protocol: IPPROTO_TCP,
+            family: 0,
+            prefixes: [0; 2],
             extensions: 0,
-            pad: 0,
-            states: bits.to_ne_bytes(),
             id: SocketId::default(),
+            states: bits.to_ne_bytes(),
+            tables: [0; 4],
         }
     }
 
@@ -169,7 +170,7 @@ fn message(bytes: &[u8]) -> Result<(Message<'_>, bool, usize), &'static str> {
         .ok_or("length out of bounds")?;
     let interrupted = u16::from_ne_bytes(header.flags) & NLM_F_DUMP_INTR != 0;
     let message = match u16::from_ne_bytes(header.kind) {
-        SOCK_DIAG_BY_FAMILY => Message::Socket(Found::parse(payload)?),
+        TCPDIAG_GETSOCK => Message::Socket(Found::parse(payload)?),
         // A negative errno, or 0.
         NLMSG_DONE => Message::Done(errno(payload)?),
         NLMSG_ERROR => errno(payload)?.map_or(Message::Other, Message::Failed),

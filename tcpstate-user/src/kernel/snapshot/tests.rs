@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use rustc_hash::FxHashSet;
-use rustix::net::AddressFamily;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+use super::diag::{PATIENCE, open, receive};
 use super::parse::{Message, Request, messages};
-use super::{DumpError, PATIENCE, boot_time_ns, open, receive, take};
+use super::{DumpError, boot_time_ns, take};
 use crate::kernel::netns;
 use crate::model::{Endpoint, Family, NetnsSelection, TcpState};
 use crate::table::{Record, StateMask};
@@ -192,6 +192,7 @@ fn agreed(inode: u32) -> Vec<Record> {
             NetnsSelection::One(inode),
             StateMask::ALL,
             FxHashSet::default(),
+            None,
         )
         .expect("a snapshot");
         assert_eq!(snapshot.netns, [inode]);
@@ -316,7 +317,7 @@ fn a_half_open_request_is_not_a_full_syn_recv_socket() {
         // Asked for alone, each of the two kinds comes alone.
         let only = |state| {
             let mask = StateMask::of(&[state]);
-            take(NetnsSelection::One(inode), mask, FxHashSet::default())
+            take(NetnsSelection::One(inode), mask, FxHashSet::default(), None)
                 .expect("a snapshot")
                 .records
         };
@@ -332,7 +333,7 @@ fn a_mask_chooses_the_states() {
         let pair = accepted(&listener);
         let mask = StateMask::of(&[TcpState::LISTEN]);
         let snapshot =
-            take(NetnsSelection::One(inode), mask, FxHashSet::default()).expect("a snapshot");
+            take(NetnsSelection::One(inode), mask, FxHashSet::default(), None).expect("a snapshot");
         assert_eq!(snapshot.states, mask);
         assert_eq!(
             states(&snapshot.records),
@@ -362,8 +363,13 @@ fn all_namespaces_are_entered_and_the_caller_stays_where_it_is() {
     let port = listener.local_addr().expect("bound").port();
 
     let home = netns::own().expect("/proc");
-    let snapshot =
-        take(NetnsSelection::All, StateMask::ALL, FxHashSet::default()).expect("a snapshot");
+    let snapshot = take(
+        NetnsSelection::All,
+        StateMask::ALL,
+        FxHashSet::default(),
+        None,
+    )
+    .expect("a snapshot");
     assert_eq!(netns::own().expect("/proc"), home);
     assert_ne!(home, inode);
     assert!(snapshot.netns.contains(&home) && snapshot.netns.contains(&inode));
@@ -400,6 +406,7 @@ fn a_namespace_that_may_not_be_entered_is_an_error_that_names_the_capability() {
             NetnsSelection::One(inode),
             StateMask::ALL,
             FxHashSet::default(),
+            None,
         )
         .expect_err("may not enter")
         .to_string()
@@ -415,7 +422,7 @@ fn a_namespace_that_may_not_be_entered_is_an_error_that_names_the_capability() {
     holder.wait().expect("ours");
 }
 
-/// One real batch: the answers to a dump of a listener and a connection, v4.
+/// One real batch: the answers to a dump of a listener and a connection.
 fn real_batch() -> Vec<u8> {
     thread::spawn(|| {
         new_namespace().expect("network namespaces need root");
@@ -423,7 +430,7 @@ fn real_batch() -> Vec<u8> {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let pair = accepted(&listener);
         let socket = open(PATIENCE).expect("netlink");
-        let request = Request::new(AddressFamily::INET, StateMask::ALL);
+        let request = Request::new(StateMask::ALL);
         rustix::net::send(&socket, request.as_bytes(), rustix::net::SendFlags::empty())
             .expect("send");
         let mut buffer = vec![0; 8192];

@@ -17,14 +17,14 @@ use super::{Command, SECOND_NS, State};
 use crate::filter::Selection;
 use crate::kernel::Session;
 use crate::kernel::netns::{Lead, NetnsError};
-use crate::kernel::snapshot::{self, SnapshotError};
+use crate::kernel::snapshot::{self, SnapshotError, SocketIterator};
 use crate::model::view::View;
 use crate::model::{Comm, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{self, names};
 use crate::run::clock::now_ns;
 use crate::run::list::Reply;
 use crate::table::{
-    Identity, Merge, Merged, STORE_NS, Snapshot, StateMask, Sweep, Unreachable, Walk,
+    Identity, Merge, Merged, Record, STORE_NS, Snapshot, StateMask, Sweep, Unreachable, Walk,
 };
 
 /// How old the count of what no event follows may be at a scrape.
@@ -127,7 +127,7 @@ impl State {
         let (netns, first) = (self.netns, !self.is_ready());
         let leads = self.leads();
         let states = Self::states(dump);
-        let identity = self.table.identity();
+        let (identity, iterator) = (self.table.identity(), self.iterator.clone());
         let begun = thread::Builder::new()
             .name("dump".to_owned())
             .spawn(move || {
@@ -135,7 +135,7 @@ impl State {
                     // Of what came before the attachment nothing may be unstored.
                     thread::sleep(Duration::from_nanos(STORE_NS));
                 }
-                let result = take(netns, states, leads, identity);
+                let result = take(netns, states, leads, iterator, identity);
                 // The tracer may have ended meanwhile.
                 let _ = commands.send(Command::Dumped(dump, result));
             });
@@ -259,7 +259,7 @@ impl State {
         self.lists.sweep_begins();
         let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
         let (netns, leads) = (self.netns, self.leads());
-        let identity = self.table.identity();
+        let (identity, sockets) = (self.table.identity(), self.iterator.clone());
         let owners = if self.pids_are_ours {
             std::mem::take(&mut self.owners)
         } else {
@@ -270,8 +270,8 @@ impl State {
             // A dump's sockets are joined with the table's by number only: which is which is not known.
             None if identity == Identity::Ends => Ok(owner::Swept::default()),
             None => {
-                let dump =
-                    snapshot::take(netns, StateMask::ALL, leads).map_err(io::Error::other)?;
+                let dump = snapshot::take(netns, StateMask::ALL, leads, sockets);
+                let dump = dump.map_err(io::Error::other)?;
                 owner::by_proc(&dump.records, identity)
             }
         };
@@ -347,9 +347,14 @@ fn take(
     netns: NetnsSelection,
     states: StateMask,
     leads: FxHashSet<Lead>,
+    iterator: Option<SocketIterator>,
     identity: Identity,
 ) -> Result<Box<Merge>, DumpError> {
-    let snapshot = snapshot::take(netns, states, leads)?;
+    let mut snapshot = snapshot::take(netns, states, leads, iterator)?;
+    if states != StateMask::ALL {
+        // FIN_WAIT2 is also a full socket's, which events follow.
+        snapshot.records.retain(Record::is_mini);
+    }
     match snapshot.unknowable(identity) {
         0 => Ok(Box::new(Merge::new(snapshot))),
         count => Err(DumpError::Unknowable(count)),
