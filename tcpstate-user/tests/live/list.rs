@@ -76,7 +76,7 @@ pub fn proc_end(text: &str) -> String {
         Err(_) => IpAddr::from(<[u8; 16]>::try_from(bytes.as_slice()).expect("16 bytes")),
     };
     let port = u16::from_str_radix(port, 16).expect("hex");
-    SocketAddr::new(addr, port).to_string()
+    SocketAddr::new(addr.to_canonical(), port).to_string()
 }
 
 fn list(arguments: &[&str]) -> Vec<Value> {
