@@ -148,7 +148,7 @@ impl Listing {
 pub fn settled(mut rows: Vec<Listed>) -> Vec<Listed> {
     let mut met = FxHashSet::default();
     rows.reverse();
-    rows.retain(|row| met.insert(row.id));
+    rows.retain(|row| met.insert((row.id, row.local, row.remote)));
     Listed::sort(&mut rows);
     rows
 }

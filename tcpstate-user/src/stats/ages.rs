@@ -42,7 +42,8 @@ impl AgeScan {
         self.now_ns
     }
 
-    /// `stays`: where sockets count, and since when; each socket once in all parts.
+    /// `stays`: where sockets count, and since when; each socket once in all parts, but for one whose
+    /// timewait socket came in its place between two of them.
     pub fn part(&mut self, stays: impl Iterator<Item = (Place, u64)>) {
         let mut last = None;
         for (Place { state, comm, .. }, since_ns) in stays {

@@ -274,9 +274,20 @@ impl Table {
         match cookie {
             Some(cookie) if self.identity == Identity::Cookie => ConnectionId::Cookie {
                 cookie,
-                generation: self.generations.of(cookie),
+                generation: self.generations.of(cookie).max(self.after_timewait(cookie)),
             },
             _ => ConnectionId::Own(self.own_number()),
+        }
+    }
+
+    /// The first generation that no timewait socket has, which a dump may have found with the cookie that is a living
+    /// socket's again.
+    fn after_timewait(&self, cookie: u64) -> u32 {
+        let mini = self.mini.get(cookie).map(|mini| &mini.socket);
+        let timewait = mini.filter(|socket| socket.state != TcpState::NEW_SYN_RECV);
+        match timewait.map(|socket| socket.id) {
+            Some(ConnectionId::Cookie { generation, .. }) => generation + 1,
+            _ => 0,
         }
     }
 

@@ -6,7 +6,7 @@
 use tcpstate_common::TcpState;
 
 use super::alike::{Alikes, Joined, unbound};
-use super::apply::TIME_WAIT_NS;
+use super::apply::{TIME_WAIT_NS, ends};
 use super::closed::Closed;
 use super::full::Dumped;
 use super::owners::own_by;
@@ -62,10 +62,12 @@ impl Table {
         sink: &mut impl FnMut(&Change<'_>),
     ) {
         // Who it is, its second event tells.
-        if record
-            .address
-            .is_some_and(|sk| self.children.contains_key(&sk))
-        {
+        let is_child = match record.address {
+            Some(sk) => self.children.contains_key(&sk),
+            // Only one of Fast Open stays long without its second event, and is in SYN_RECV.
+            None => record.state == TcpState::SYN_RECV && self.is_new_child(record),
+        };
+        if is_child {
             return;
         }
         if let Some(full) = self.full.get(key) {
@@ -97,6 +99,18 @@ impl Table {
         let mut socket = found_socket(record, self.new_id(record.cookie));
         own_by(&mut socket, known);
         self.found(key, socket, record, dump, Some(Dumped::of(record)), sink);
+    }
+
+    /// Whether it may be one of `children`, by what their first events tell of the ends.
+    fn is_new_child(&self, record: &Record) -> bool {
+        !self.full.contains(record.cookie.unwrap_or_default())
+            && self.children.values().any(|first| {
+                let (_, local, remote) = ends(first);
+                local.port == record.local.port
+                    && remote
+                        .addr
+                        .is_none_or(|addr| record.remote.addr == Some(addr))
+            })
     }
 
     /// One that only its ends tell: of those that are alike, which is which is not known, and nothing is learned.

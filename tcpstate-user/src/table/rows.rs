@@ -13,7 +13,8 @@ pub struct Walk(At);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum At {
-    /// These first: they become minisockets, and never the other way.
+    /// These first: most that change their kind become minisockets. A request that becomes a child meanwhile is met as
+    /// neither, if it was not yet: its connection is younger than the walk.
     Full(usize),
     Mini(usize),
     End,

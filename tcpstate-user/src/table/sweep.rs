@@ -6,7 +6,7 @@ use rustc_hash::FxHashMap;
 use tcpstate_common::TcpState;
 
 use super::owners::{Known, give};
-use super::{Change, Holder, Identity, Socket, Table};
+use super::{Change, Full, Holder, Identity, Socket, Table};
 use crate::model::{Comm, Owner, OwnerSource, Process, ProcessId, Role};
 
 /// What was found, on its way into the table by [`Table::sweep`].
@@ -150,7 +150,7 @@ impl Table {
             if let Some(known) = sweep.renamed(socket) {
                 give(socket, known, time_ns, sink);
             }
-            if sweep.held.is_some() && may_wait(socket) {
+            if sweep.held.is_some() && may_wait(full) {
                 sweep.waiting.push(key);
             }
         }
@@ -159,9 +159,8 @@ impl Table {
 
     /// Gives a connection that is not accepted yet to who listens: who that is may be known only now, or be another now.
     fn waiting_for_accept(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
-        let waits = self.full.get(key).map(|full| &full.socket);
-        let waits = waits.filter(|socket| may_wait(socket));
-        if let Some(known) = waits.and_then(|socket| self.listening(socket))
+        let waits = self.full.get(key).filter(|full| may_wait(full));
+        if let Some(known) = waits.and_then(|full| self.listening(&full.socket))
             && let Some(socket) = self.full.socket_mut(key)
         {
             give(socket, known, time_ns, sink);
@@ -169,10 +168,13 @@ impl Table {
     }
 }
 
-/// An accepted one may be among them, whose holder the sweep did not show.
-fn may_wait(socket: &Socket) -> bool {
-    let known = socket.owner.map(|owner| owner.source);
-    known.is_none_or(|source| source == OwnerSource::Listener)
+/// That a sweep does not show who holds it does not say that nobody does: an accepted one stays who listened then.
+fn may_wait(full: &Full) -> bool {
+    let socket = &full.socket;
+    let without_file = || full.dumped.is_some_and(|dumped| !dumped.has_file);
+    socket
+        .owner
+        .is_none_or(|owner| owner.source == OwnerSource::Listener && without_file())
         && socket.role == Some(Role::Passive)
         && matches!(socket.state, TcpState::ESTABLISHED | TcpState::CLOSE_WAIT)
 }

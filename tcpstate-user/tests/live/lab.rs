@@ -136,6 +136,8 @@ pub fn closed(local: SocketAddr) -> Expected {
 pub struct Lab {
     pub inode: u32,
     attach: Attach,
+    /// The kernel did what the scenario does not expect: it is to be done again.
+    again: Arc<AtomicBool>,
     tracer: Tracer,
     started: SystemTime,
     addresses: [IpAddr; 2],
@@ -149,7 +151,8 @@ impl Lab {
     /// Runs a scenario in a new namespace with a tracer that sees only that, then judges what was told.
     ///
     /// The kernel runs no program on a CPU that is running it already: transitions in a softirq that interrupts it are
-    /// not shown. Where the product tells of that, the scenario is done again.
+    /// not shown. Where the product tells of that, the scenario is done again; and where the kernel [keeps an
+    /// orphan](keeps_orphan).
     pub fn run(attach: Attach, scenario: impl Fn(&mut Self) + Clone + Send + 'static) {
         let name = thread::current().name().unwrap_or("lab").to_owned();
         for _ in 0..TRIES {
@@ -170,7 +173,7 @@ impl Lab {
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
-        panic!("the kernel skipped the program in each of {TRIES} tries");
+        panic!("the kernel skipped the program, or kept an orphan, in each of {TRIES} tries");
     }
 
     fn start(attach: Attach, skipped: Arc<AtomicBool>) -> Self {
@@ -194,6 +197,7 @@ impl Lab {
         Self {
             inode,
             attach,
+            again: Arc::clone(&skipped),
             tracer: Tracer::start(&arguments, skipped),
             started,
             addresses,
@@ -247,6 +251,9 @@ impl Lab {
         self.tracer.wait_until(Duration::from_secs(10), |lines| {
             judge::all_told(&self.expected, &self.sockets(lines))
         });
+        if keeps_orphan() {
+            self.again.store(true, Ordering::Relaxed);
+        }
         self.settle();
         let (status, lines, said) = self.tracer.stop();
         let finished = SystemTime::now();
@@ -301,6 +308,21 @@ fn sockets_of(lines: &[Value], attach: Attach, addresses: [IpAddr; 2]) -> BTreeM
         sockets.entry(id).or_default().lines.push(line);
     }
     sockets
+}
+
+/// Whether the calling thread's namespace has a full socket in FIN_WAIT2 without a descriptor. An ACK that comes just while
+/// the last close gives the socket's lock back leaves one there, with a timer, in place of a timewait socket
+/// (`tcp_rcv_state_process`): its →CLOSE comes a minute later.
+fn keeps_orphan() -> bool {
+    ["tcp", "tcp6"].iter().any(|name| {
+        let path = format!("/proc/thread-self/net/{name}");
+        let text = fs::read_to_string(path).expect("/proc is mounted");
+        text.lines().skip(1).any(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            // State, timer (2: of a full socket), inode.
+            fields[3] == "05" && fields[5].starts_with("02:") && fields[9] == "0"
+        })
+    })
 }
 
 fn is_marker(line: &Value, address: SocketAddr) -> bool {

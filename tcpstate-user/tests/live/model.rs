@@ -230,8 +230,11 @@ impl Lane {
                 if !complaints.is_empty() {
                     return Err(complaints);
                 }
-                let ids: BTreeSet<&str> =
-                    told.iter().filter_map(|it| it.1["id"].as_str()).collect();
+                // Of one daemon's, which may give a name that is another daemon's too.
+                let ids = told
+                    .iter()
+                    .map(|(row, it)| (row.netns == self.world.home, it["id"].as_str()));
+                let ids: BTreeSet<_> = ids.collect();
                 if ids.len() != told.len() {
                     return Err(format!("{} ids of {} sockets", ids.len(), told.len()));
                 }

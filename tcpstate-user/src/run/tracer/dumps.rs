@@ -4,6 +4,7 @@
 //! Each is made on a thread of its own: namespaces are a thread's, and it takes long.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -279,7 +280,9 @@ impl State {
             .name("sweep".to_owned())
             .spawn(move || {
                 let started_ns = now_ns();
-                let found = find();
+                // Its message is on stderr then.
+                let found = catch_unwind(AssertUnwindSafe(find));
+                let found = found.unwrap_or_else(|_| Err(io::Error::other("the sweep panicked")));
                 let took_ns = now_ns() - started_ns;
                 let swept = swept(found, names(&owners), (started_ns, took_ns));
                 // The tracer may have ended meanwhile.

@@ -262,3 +262,39 @@ fn timewait_sockets_with_one_cookie_are_told_apart_by_their_ends() {
     }
     assert_eq!(watched.table.corrections(), [0; 4]);
 }
+
+/// A socket is connected again while its timewait socket lives, and only dumps have shown that one.
+#[test]
+fn a_life_after_a_timewait_socket_has_a_name_of_its_own() {
+    let timewait = Record {
+        expires_ns: Some(30_000 * MS),
+        ..record(1, 7, TIME_WAIT)
+    };
+    let again = |time| {
+        let mut record = record(time, 7, ESTABLISHED);
+        record.local.port = Some(4000);
+        record
+    };
+    let names = |watched: &Watched| {
+        let mut names: Vec<_> = watched
+            .rows()
+            .iter()
+            .map(|row| row.id.to_string())
+            .collect();
+        names.sort();
+        names
+    };
+    for records in [[timewait, again(1)], [again(1), timewait]] {
+        let mut watched = Watched::new(Identity::Cookie);
+        watched.reconcile(&dump(1, 2, records.to_vec()));
+        let names = names(&watched);
+        assert_eq!(names.len(), 2);
+        assert_ne!(names[0], names[1]);
+    }
+    let mut watched = Watched::new(Identity::Cookie);
+    watched.reconcile(&dump(1, 2, vec![timewait]));
+    watched.apply(&with(event(100, 7, CLOSE, SYN_SENT), |event| {
+        event.local_port = 0;
+    }));
+    assert_eq!(names(&watched), ["7.0", "7.1"]);
+}

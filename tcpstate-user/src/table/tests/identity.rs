@@ -63,7 +63,8 @@ impl Watched {
 /// The iterator tells addresses and has no cookies made, inet_diag the other way.
 pub(super) fn told(identity: Identity, record: Record) -> Record {
     let (cookie, address) = match identity {
-        Identity::Cookie => (record.cookie, record.address),
+        // inet_diag's.
+        Identity::Cookie => (record.cookie, None),
         Identity::Address => (None, record.address),
         Identity::Ends => (record.cookie, None),
     };

@@ -390,13 +390,23 @@ fn a_connection_that_is_not_accepted_goes_with_its_listener() {
     ];
     let mut watched = run(Identity::Cookie, &events);
     assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Listener)));
+    // It may have been accepted by somebody whom the sweep can't see.
     watched.swept(7, &[holder(process(WORKER, "worker"), &[LISTENER])]);
     assert_eq!(watched.owner(LISTENER), Some((WORKER, OwnerSource::Sweep)));
-    assert_eq!(watched.owner(CHILD), Some((WORKER, OwnerSource::Listener)));
+    assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Listener)));
+    for (inode, owner) in [(5, MASTER), (0, WORKER)] {
+        watched.reconcile(&dump(
+            100,
+            101,
+            vec![listener_record(100), child_record(100, inode)],
+        ));
+        watched.swept(102, &[holder(process(WORKER, "worker"), &[LISTENER])]);
+        assert_eq!(watched.owner(CHILD), Some((owner, OwnerSource::Listener)));
+    }
     assert_eq!(watched.gauge(ESTABLISHED, "worker"), 1);
     // Who has accepted it is not asked who listens.
-    watched.swept(8, &[holder(process(MASTER, "master"), &[CHILD])]);
-    watched.swept(9, &[holder(process(WORKER, "worker"), &[LISTENER])]);
+    watched.swept(103, &[holder(process(MASTER, "master"), &[CHILD])]);
+    watched.swept(104, &[holder(process(WORKER, "worker"), &[LISTENER])]);
     assert_eq!(watched.owner(CHILD), Some((MASTER, OwnerSource::Sweep)));
 }
 
