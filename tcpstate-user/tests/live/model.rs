@@ -10,8 +10,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
+use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -349,6 +350,10 @@ fn seeds(usual: u64) -> Vec<u64> {
 struct Work {
     seeds: Vec<u64>,
     next: AtomicUsize,
+    /// Seeds that failed where the kernel may have hidden an event, and are to be done once more: why they failed.
+    again: Mutex<Vec<(u64, String)>>,
+    /// How many of these are being done, or have been.
+    taken_again: AtomicUsize,
     passed: AtomicUsize,
     redone: AtomicUsize,
     opened: AtomicUsize,
@@ -363,10 +368,42 @@ impl Work {
         failures.len()
     }
 
+    fn again(&self) -> MutexGuard<'_, Vec<(u64, String)>> {
+        self.again.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> Option<u64> {
+        let again = self.again();
+        let taken = self.taken_again.load(Ordering::Relaxed);
+        if let Some((seed, _)) = again.get(taken) {
+            self.taken_again.store(taken + 1, Ordering::Relaxed);
+            return Some(*seed);
+        }
+        drop(again);
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        self.seeds.get(next).copied()
+    }
+
+    fn is_done(&self) -> bool {
+        self.next.load(Ordering::Relaxed) >= self.seeds.len()
+            && self.taken_again.load(Ordering::Relaxed) >= self.again().len()
+    }
+
+    /// Whether the kernel may have hidden an event from the seed that failed, and it is to be done once more.
+    fn may_be_hidden(&self, seed: u64, text: &str) -> bool {
+        let mut again = self.again();
+        let first = again.iter().all(|(known, _)| *known != seed);
+        let may = kernel_hides() && first && again.len() < MOST_FAILURES;
+        if may {
+            again.push((seed, text.to_owned()));
+        }
+        may
+    }
+
     /// Until a seed fails, after which the lane begins afresh.
     fn lane(&self, number: usize, home: u32, all: &Arc<Daemon>) {
         let mut lane = Lane::new(number, home, Arc::clone(all));
-        while let Some(&seed) = self.seeds.get(self.next.fetch_add(1, Ordering::Relaxed)) {
+        while let Some(seed) = self.next() {
             let result = self.until_nothing_is_lost(&mut lane, seed);
             let right = std::mem::take(&mut lane.right);
             let opened = std::mem::take(&mut lane.world.book.added);
@@ -376,6 +413,9 @@ impl Work {
                 *all.entry(state).or_default() += count;
             }
             if let Err(text) = result {
+                if self.may_be_hidden(seed, &text) {
+                    return;
+                }
                 let log = &lane.world.log;
                 if self.failed(format!("seed {seed}, lane {number}:\n{log}{text}")) >= MOST_FAILURES
                 {
@@ -401,10 +441,19 @@ impl Work {
     }
 }
 
+/// The kernel that tcpstate is developed on runs no tracing program, and counts no skip, while a thread of its own first
+/// process is the current task (`docs/principles.md`): what a timer does just then is told by no event.
+fn kernel_hides() -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
+    release.expect("/proc is mounted").contains("-fc-")
+}
+
 fn run(lanes: usize, usual: u64) {
     let work = Arc::new(Work {
         seeds: seeds(usual),
         next: AtomicUsize::new(0),
+        again: Mutex::default(),
+        taken_again: AtomicUsize::new(0),
         passed: AtomicUsize::new(0),
         redone: AtomicUsize::new(0),
         opened: AtomicUsize::new(0),
@@ -418,7 +467,7 @@ fn run(lanes: usize, usual: u64) {
         let lane = |number: usize| {
             let (work, all) = (Arc::clone(&shared), Arc::clone(&all));
             thread::spawn(move || {
-                while work.next.load(Ordering::Relaxed) < work.seeds.len() {
+                while !work.is_done() {
                     let (work, all) = (Arc::clone(&work), Arc::clone(&all));
                     in_namespace(move |home| work.lane(number, home, &all));
                 }
@@ -441,6 +490,9 @@ fn run(lanes: usize, usual: u64) {
         "{passed} of {seeds} seeds passed in {seconds:.0} s, {redone} redone; {opened} sockets were opened or accepted; \
          right were {right:?}"
     );
+    for (seed, text) in work.again().iter() {
+        println!("seed {seed} was done once more, for this kernel hides events: {text}");
+    }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
