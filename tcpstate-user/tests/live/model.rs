@@ -10,7 +10,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -19,6 +18,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::daemon::{Daemon, Metrics, in_namespace};
+use crate::lab::kernel_hides;
 use crate::sys;
 
 mod book;
@@ -439,13 +439,6 @@ impl Work {
         }
         Err(format!("events were lost {TRIES} times"))
     }
-}
-
-/// The kernel that tcpstate is developed on runs no tracing program, and counts no skip, while a thread of its own first
-/// process is the current task (`docs/principles.md`): what a timer does just then is told by no event.
-fn kernel_hides() -> bool {
-    let release = fs::read_to_string("/proc/sys/kernel/osrelease");
-    release.expect("/proc is mounted").contains("-fc-")
 }
 
 fn run(lanes: usize, usual: u64) {
