@@ -19,6 +19,7 @@ use serde_json::Value;
 
 use crate::daemon::{Daemon, Metrics, in_namespace};
 use crate::lab::kernel_hides;
+use crate::list::STATES;
 use crate::sys;
 
 mod book;
@@ -43,20 +44,6 @@ const QUIET: Duration = Duration::from_millis(60);
 const SILENT_LIMIT: Duration = Duration::from_millis(4500);
 /// Lists, each of a dump: what ended silently is in one, and not in the next but one.
 const LISTS: usize = 3;
-
-/// By the kernel's words; `CLOSE` has no gauge.
-const GAUGES: [&str; 10] = [
-    "ESTABLISHED",
-    "SYN_SENT",
-    "SYN_RECV",
-    "FIN_WAIT1",
-    "FIN_WAIT2",
-    "TIME_WAIT",
-    "CLOSE_WAIT",
-    "LAST_ACK",
-    "LISTEN",
-    "CLOSING",
-];
 
 enum Wrong {
     /// The kernel did not show the product all that happened, as that says.
@@ -198,7 +185,11 @@ impl Lane {
             *of_state = (of_state.0 + least, of_state.1 + most);
         }
         let mut text = String::new();
-        for state in GAUGES.into_iter().filter(|state| wanted(state)) {
+        // CLOSE has no gauge.
+        let gauges = STATES
+            .into_iter()
+            .filter(|state| !["", "CLOSE"].contains(state));
+        for state in gauges.filter(|state| wanted(state)) {
             let (least, most) = by_state.get(state).copied().unwrap_or_default();
             let told = metrics.state(&state.to_lowercase());
             if !(least as f64..=most as f64).contains(&told) {
