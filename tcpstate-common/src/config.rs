@@ -31,6 +31,7 @@ pub struct Offsets {
     /// In `struct tcp_sock`, with the `struct inet_sock` in it.
     pub inet_sport: u32,
     pub tcp_linger2: u32,
+    pub tcp_rcv_tstamp: u32,
     /// In `struct net`: `ns.inum`.
     pub net_inum: u32,
     /// In `struct task_struct`.
@@ -79,5 +80,5 @@ pub struct Switches {
     pub wake_bytes: u32,
 }
 
-const _: () = assert!(size_of::<Offsets>() == 37 * 4);
+const _: () = assert!(size_of::<Offsets>() == 38 * 4);
 const _: () = assert!(size_of::<Switches>() == 8);

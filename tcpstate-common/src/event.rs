@@ -152,9 +152,13 @@ pub struct Holder {
     /// Inode of the socket's network namespace.
     pub netns: u32,
     pub comm: [u8; COMM_LEN],
+    /// Jiffies now, and at the last ACK that the socket received, both modulo 2³². 0 where that was not asked for, or none
+    /// came.
+    pub now_jiffies: u32,
+    pub acked_jiffies: u32,
 }
 
-const _: () = assert!(size_of::<Holder>() == 40);
+const _: () = assert!(size_of::<Holder>() == 48);
 const _: () = assert!(offset_of!(Holder, comm) == 24);
 
 /// What a record of the ring can be. They have different lengths, which tell them apart.

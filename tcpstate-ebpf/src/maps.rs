@@ -26,6 +26,11 @@ pub static LOST: Array<u64> = Array::with_max_entries(1, 0);
 #[map]
 pub static COUNTERS: PerCpuArray<[u64; SLOTS]> = PerCpuArray::with_max_entries(1, 0);
 
+/// Whether the sweep is to tell when sockets received their last ACK (not 0), one element: written by the user side before
+/// a sweep begins, read by [`crate::sweep`].
+#[map]
+pub static ACKS: Array<u32> = Array::with_max_entries(1, 0);
+
 /// Set by the loader. Read with [`offset!`] and [`switch!`] only: the compiler must not see these zeros.
 #[unsafe(no_mangle)]
 // SAFETY: the struct consists of integers, for which all-zero bytes are a value.

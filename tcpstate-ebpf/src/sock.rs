@@ -193,6 +193,12 @@ impl TcpSock {
         load!(self.0, tcp_linger2)
     }
 
+    /// The jiffy, modulo 2³², of the last ACK that it received.
+    #[inline(always)]
+    pub fn acked_jiffies(self) -> u32 {
+        load!(self.0, tcp_rcv_tstamp)
+    }
+
     /// As [`Sock::uid`].
     #[inline(always)]
     pub fn uid(self) -> u32 {

@@ -117,6 +117,7 @@ fn offsets_in(btf: &Btf<'_>) -> Result<Offsets, BtfError> {
         sk_shutdown: sock.offset("sk_shutdown", 1)?,
         inet_sport: tcp_sock.offset("inet_conn.icsk_inet.inet_sport", 2)?,
         tcp_linger2: tcp_sock.offset("linger2", 4)?,
+        tcp_rcv_tstamp: tcp_sock.offset("rcv_tstamp", 4)?,
         net_inum: net.offset("ns.inum", 4)?,
         task_flags: task.offset("flags", 4)?,
         task_tgid: task.offset("tgid", 4)?,

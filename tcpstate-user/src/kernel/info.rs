@@ -10,6 +10,8 @@ use aya::maps::{Array, MapData, MapError, PerCpuArray};
 use tcpstate_common::counters::{SLOTS, STATES, transition_slot};
 use zerocopy::{FromZeros, IntoBytes};
 
+use rustix::time::{ClockId, clock_getres};
+
 use crate::model::view::Program;
 
 /// All slots of one CPU.
@@ -118,6 +120,13 @@ impl ProgInfo {
     pub(super) fn recursion_misses(&self) -> Option<u64> {
         (self.filled >= INFO_LEN as u64).then_some(self.recursion_misses)
     }
+}
+
+/// How long a jiffy is, the kernel's `TICK_NSEC`.
+#[must_use]
+pub fn jiffy_ns() -> u64 {
+    let jiffy = clock_getres(ClockId::MonotonicCoarse);
+    jiffy.tv_sec.unsigned_abs() * 1_000_000_000 + jiffy.tv_nsec.unsigned_abs()
 }
 
 #[cfg(test)]

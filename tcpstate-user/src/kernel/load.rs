@@ -115,6 +115,7 @@ pub struct Session {
     ring: RingBuf<MapData>,
     transitions: PerCpuArray<MapData, Block>,
     lost: Array<MapData, u64>,
+    acks: Array<MapData, u32>,
     /// The programs and their links.
     ebpf: Ebpf,
     cookie: Result<(), String>,
@@ -220,6 +221,7 @@ impl Session {
         let opened = |error: MapError| failed("open the counters")(&error);
         let transitions = take(&mut ebpf, "COUNTERS").map_err(opened)?;
         let lost = take(&mut ebpf, LOST).map_err(opened)?;
+        let acks = take(&mut ebpf, "ACKS").map_err(opened)?;
         #[cfg(feature = "ebpf-log")]
         let log = aya_log::EbpfLogger::init(&mut ebpf)
             .map_err(|error| failed("open the debug log")(&error))?;
@@ -229,6 +231,7 @@ impl Session {
             ring,
             transitions,
             lost,
+            acks,
             ebpf,
             cookie,
             accept,
@@ -304,9 +307,14 @@ impl Session {
     /// A file of [`Holder`](tcpstate_common::Holder)s: every process that has a descriptor of a TCP socket in the
     /// selected namespaces, as often as it has one. Reading it is the work, and may be done by another thread.
     ///
+    /// `acks`: whether each socket's last one is told, as for no other sweep that is still read.
+    ///
     /// # Errors
     /// The kernel's refusal.
-    pub fn begin_sweep(&mut self) -> io::Result<File> {
+    pub fn begin_sweep(&mut self, acks: bool) -> io::Result<File> {
+        self.acks
+            .set(0, u32::from(acks), 0)
+            .map_err(io::Error::other)?;
         optional::begin_sweep(&mut self.ebpf)
     }
 

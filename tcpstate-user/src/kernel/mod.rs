@@ -16,6 +16,6 @@ pub mod snapshot;
 pub mod tracepoint;
 
 pub use capability::StartError;
-pub use info::{Counters, RunStats};
+pub use info::{Counters, RunStats, jiffy_ns};
 pub use load::{Netns, Options, Path, Session};
 pub use ring::{Drained, RingSize};

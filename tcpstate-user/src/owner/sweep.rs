@@ -5,16 +5,18 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
+use std::num::NonZero;
 use std::path::Path;
 
 use rustc_hash::{FxHashMap, FxHashSet};
-use zerocopy::{FromZeros as _, IntoBytes as _};
+use zerocopy::{FromZeros, IntoBytes as _};
 
 use super::comm::comm_of;
 use super::lookup::start_ns_of;
 use super::{Containers, in_initial_pid_namespace};
+use crate::kernel::jiffy_ns;
 use crate::model::{Comm, Process};
-use crate::table::{Holder, Identity, Record};
+use crate::table::{Held, Holder, Identity, Record};
 
 /// What a sweep found.
 #[derive(Debug, Default)]
@@ -39,6 +41,7 @@ const READ_LEN: usize = 32 * 1024;
 fn read(mut records: impl BufRead) -> io::Result<Swept> {
     let mut holders = Holders::default();
     let mut leads = FxHashSet::default();
+    let jiffy_ns = jiffy_ns();
     let mut last = None;
     while !records.fill_buf()?.is_empty() {
         let mut found = tcpstate_common::Holder::new_zeroed();
@@ -63,12 +66,24 @@ fn read(mut records: impl BufRead) -> io::Result<Swept> {
             }
         };
         last = Some((at, whose));
-        holders.found[at].sockets.push(found.cookie);
+        holders.found[at].sockets.push(Held {
+            socket: found.cookie,
+            quiet_ns: NonZero::new(quiet_jiffies(&found) * jiffy_ns),
+        });
     }
     Ok(Swept {
         holders: holders.list(),
         leads,
     })
+}
+
+/// Whole ones that went by since the last ACK; 0 where none is known, or it is too long ago to be told from one to come.
+fn quiet_jiffies(found: &tcpstate_common::Holder) -> u64 {
+    let jiffies = found.now_jiffies.wrapping_sub(found.acked_jiffies);
+    match u64::try_from(jiffies.cast_signed()) {
+        Ok(jiffies) if found.acked_jiffies != 0 => jiffies.saturating_sub(1),
+        _ => 0,
+    }
 }
 
 /// By the descriptors in `/proc`, for sockets that `dump` shows, as a table with that identity knows them. Processes that
@@ -110,13 +125,17 @@ fn descriptors(
     keys: &FxHashMap<u32, u64>,
     holders: &mut Holders,
 ) -> io::Result<()> {
-    let mut held: Vec<u64> = Vec::new();
+    let mut held: Vec<Held> = Vec::new();
     for entry in fs::read_dir(folder.join("fd"))? {
         // A descriptor that was closed since is no reason to miss the others.
         let Ok(target) = entry.and_then(|entry| fs::read_link(entry.path())) else {
             continue;
         };
-        held.extend(inode(&target).and_then(|inode| keys.get(&inode)));
+        let socket = inode(&target).and_then(|inode| keys.get(&inode));
+        held.extend(socket.map(|&socket| Held {
+            socket,
+            quiet_ns: None,
+        }));
     }
     if held.is_empty() {
         return Ok(());
@@ -174,8 +193,8 @@ impl Holders {
         } in &mut self.found
         {
             *container = containers.container(process.pid, process.start_ns, 0);
-            sockets.sort_unstable();
-            sockets.dedup();
+            sockets.sort_unstable_by_key(|held| held.socket);
+            sockets.dedup_by_key(|held| held.socket);
         }
         self.found
     }
@@ -212,6 +231,8 @@ mod tests {
             tgid: pid,
             netns,
             comm,
+            now_jiffies: 1_000,
+            acked_jiffies: 0,
         };
         record.as_bytes().to_vec()
     }
@@ -220,7 +241,13 @@ mod tests {
         Holder {
             process: process(pid),
             container: None,
-            sockets: sockets.to_vec(),
+            sockets: sockets
+                .iter()
+                .map(|&socket| Held {
+                    socket,
+                    quiet_ns: None,
+                })
+                .collect(),
         }
     }
 
@@ -236,7 +263,7 @@ mod tests {
             record(NOBODY, 8, 13),
         ];
         // However the bytes are cut.
-        for capacity in [1, 40, 41, READ_LEN] {
+        for capacity in [1, 48, 49, READ_LEN] {
             let swept = read(BufReader::with_capacity(capacity, &*records.concat()));
             let swept = swept.expect("whole records");
             let expected = [holder(NOBODY, &[11, 12, 13]), holder(NOBODY - 1, &[11])];
@@ -244,6 +271,26 @@ mod tests {
             let leads = [(7, NOBODY), (8, NOBODY), (7, NOBODY - 1)];
             assert_eq!(swept.leads, leads.into_iter().collect());
         }
+    }
+
+    #[test]
+    fn jiffies_since_the_last_ack_are_whole_ones() {
+        let quiet = |now_jiffies, acked_jiffies| {
+            quiet_jiffies(&tcpstate_common::Holder {
+                now_jiffies,
+                acked_jiffies,
+                ..FromZeros::new_zeroed()
+            })
+        };
+        // The first may have been at its end, and the present one is at its beginning.
+        assert_eq!(quiet(1_000, 10), 989);
+        assert_eq!(quiet(1_000, 1_000), 0);
+        assert_eq!(quiet(5, u32::MAX - 5), 10);
+        // Not known.
+        assert_eq!(quiet(1_000, 0), 0);
+        // 24 days at 1,000 a second, or one that came meanwhile.
+        assert_eq!(quiet(0x8000_0001, 1), 0);
+        assert_eq!(quiet(1_000, 1_001), 0);
     }
 
     #[test]

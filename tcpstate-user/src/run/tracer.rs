@@ -205,6 +205,8 @@ struct State {
     next_full_ns: u64,
     /// One is being made or taken in.
     sweeping: bool,
+    /// The next sweep may tell of sockets how long they have been in their state.
+    undated: bool,
     /// When the next sweep is due; none while nothing asks for one.
     next_sweep_ns: Option<u64>,
     /// No sweep before: so that they take a small part of a processor.
@@ -273,6 +275,7 @@ impl State {
             dumped_ns: 0,
             next_full_ns: 0,
             sweeping: false,
+            undated: false,
             next_sweep_ns: None,
             sweep_pause_ns: 0,
             swept_leads: FxHashSet::default(),

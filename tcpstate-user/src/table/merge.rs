@@ -38,6 +38,8 @@ enum Next {
 pub struct Merged {
     /// The dump lacked a full socket for the first time: the next one decides.
     pub doubtful: bool,
+    /// It was the first to show some full sockets in their state: a sweep may tell how long they have been in it.
+    pub undated: bool,
     /// Who owns a socket.
     pub owners: FxHashSet<ProcessId>,
     /// Network namespaces with the pids of who owns a full socket there.
@@ -169,6 +171,7 @@ impl Table {
                 }
                 merge.merged.doubtful = true;
             }
+            merge.merged.undated |= full.stay.first_shown(merge.snapshot.started_ns);
             // Sockets of one process are often neighbours.
             let process = full.socket.owner.map(|owner| owner.process);
             let now = (full.socket.netns, process.map(|it| (it.pid, it.start_ns)));

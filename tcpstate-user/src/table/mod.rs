@@ -36,7 +36,7 @@ pub use merge::{Merge, Merged};
 use owners::Owners;
 pub use reconcile::STORE_NS;
 pub use rows::Walk;
-pub use snapshot::{Holder, Record, Snapshot, StateMask, Unreachable};
+pub use snapshot::{Held, Holder, Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
 use store::Store;
 pub use sweep::Sweep;
@@ -99,6 +99,23 @@ struct Stay {
 }
 
 impl Stay {
+    /// No event told of its beginning, and no dump before that which began at `started_ns`.
+    const fn first_shown(&self, started_ns: u64) -> bool {
+        !self.seen && self.since_ns >= started_ns
+    }
+
+    /// The state was not entered later than at `acked_ns`, where it is one that an ACK leads into. A state first seen after
+    /// `started_ns`, when that was read, may be a later one.
+    fn begun_by(&mut self, state: TcpState, acked_ns: u64, started_ns: u64) {
+        let by_ack = matches!(
+            state,
+            TcpState::ESTABLISHED | TcpState::FIN_WAIT2 | TcpState::CLOSE_WAIT | TcpState::CLOSING
+        );
+        if by_ack && !self.seen && self.since_ns <= started_ns {
+            self.since_ns = self.since_ns.min(acked_ns);
+        }
+    }
+
     /// What an end at `now_ns` makes of it, if events were lost up to `lost_until_ns`.
     fn dwell(self, now_ns: u64, lost_until_ns: u64) -> Dwell {
         if !self.seen {

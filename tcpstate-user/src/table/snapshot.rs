@@ -3,6 +3,7 @@
 //! How a dump is made is `kernel`'s; merging it with events is `table`'s reconciliation.
 
 use std::fmt;
+use std::num::NonZero;
 use std::sync::Arc;
 
 use tcpstate_common::TcpState;
@@ -97,8 +98,16 @@ impl Record {
 pub struct Holder {
     pub process: Process,
     pub container: Option<Arc<str>>,
-    /// By what the table knows them, as [`Identity::key`](super::Identity::key) gives it.
-    pub sockets: Vec<u64>,
+    pub sockets: Vec<Held>,
+}
+
+/// A socket that a process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// By what the table knows it, as [`Identity::key`](super::Identity::key) gives it.
+    pub socket: u64,
+    /// For at least so long it had received no ACK when the sweep read it, nanoseconds.
+    pub quiet_ns: Option<NonZero<u64>>,
 }
 
 /// A namespace whose sockets the dump lacks.

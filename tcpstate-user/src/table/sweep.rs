@@ -2,24 +2,36 @@
 //!
 //! Goes over the table a part at a time, as a merge does.
 
+use std::num::NonZero;
+
 use rustc_hash::FxHashMap;
 use tcpstate_common::TcpState;
 
 use super::owners::{Known, give};
-use super::{Change, Full, Holder, Identity, Socket, Table};
+use super::{Change, Full, Held, Holder, Identity, Socket, Table};
 use crate::model::{Comm, Owner, OwnerSource, Process, ProcessId, Role};
 
 /// What was found, on its way into the table by [`Table::sweep`].
 #[derive(Debug)]
 pub struct Sweep {
-    /// By the socket's key: which holder started first, and how many there are. `None` where that could not be looked up.
-    held: Option<FxHashMap<u64, (usize, u32)>>,
+    /// By the socket's key. `None` where that could not be looked up.
+    held: Option<FxHashMap<u64, Found>>,
     holders: Vec<Holder>,
     names: FxHashMap<ProcessId, Comm>,
     started_ns: u64,
+    finished_ns: u64,
     next: Next,
     /// Connections that may be waiting to be accepted.
     waiting: Vec<u64>,
+}
+
+/// What was found of a socket.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    /// Which holder started first.
+    first: usize,
+    holders: u32,
+    quiet_ns: Option<NonZero<u64>>,
 }
 
 /// Where it goes on.
@@ -32,29 +44,30 @@ enum Next {
 
 impl Sweep {
     /// `holders`: `None` where they could not be looked up. `names`: those that owners have now, as far as they were read.
-    /// The sweep began at `started_ns`.
+    /// The sweep began and ended at `time_ns`.
     #[must_use]
     pub fn new(
         holders: Option<Vec<Holder>>,
         names: FxHashMap<ProcessId, Comm>,
-        started_ns: u64,
+        time_ns: (u64, u64),
     ) -> Self {
         let held = holders.as_deref().map(held);
         Self {
             held,
             holders: holders.unwrap_or_default(),
             names,
-            started_ns,
+            started_ns: time_ns.0,
+            finished_ns: time_ns.1,
             next: Next::Full(0),
             waiting: Vec::new(),
         }
     }
 
-    /// What it tells of the holder of a full socket: nothing of a later one at the same address.
-    fn holder(&self, key: u64, begun_ns: u64, identity: Identity) -> Option<(&Holder, u32)> {
-        let (first, count) = *self.held.as_ref()?.get(&key)?;
+    /// What it tells of a full socket: nothing of a later one at the same address.
+    fn found(&self, key: u64, begun_ns: u64, identity: Identity) -> Option<Found> {
+        let found = *self.held.as_ref()?.get(&key)?;
         let same = identity == Identity::Cookie || begun_ns < self.started_ns;
-        same.then_some((&self.holders[first], count))
+        same.then_some(found)
     }
 
     /// The owner with the name that it has now, where that is another.
@@ -69,15 +82,19 @@ impl Sweep {
     }
 }
 
-fn held(holders: &[Holder]) -> FxHashMap<u64, (usize, u32)> {
+fn held(holders: &[Holder]) -> FxHashMap<u64, Found> {
     let sockets = holders.iter().map(|holder| holder.sockets.len()).sum();
     let mut held = FxHashMap::with_capacity_and_hasher(sockets, Default::default());
     for (index, holder) in holders.iter().enumerate() {
-        for &socket in &holder.sockets {
-            let (first, count) = held.entry(socket).or_insert((index, 0));
-            *count += 1;
-            if holder.process.start_ns < holders[*first].process.start_ns {
-                *first = index;
+        for &Held { socket, quiet_ns } in &holder.sockets {
+            let found = held.entry(socket).or_insert(Found {
+                first: index,
+                holders: 0,
+                quiet_ns,
+            });
+            found.holders += 1;
+            if holder.process.start_ns < holders[found.first].process.start_ns {
+                found.first = index;
             }
         }
     }
@@ -143,9 +160,14 @@ impl Table {
                 // Of what it does not show the count is unknown: not accepted, orphaned, or not ours to look into.
                 socket.holders = None;
             }
-            if let Some((holder, count)) = sweep.holder(key, full.begun_ns, self.identity) {
-                socket.holders = Some(count);
+            if let Some(found) = sweep.found(key, full.begun_ns, self.identity) {
+                let holder = &sweep.holders[found.first];
+                socket.holders = Some(found.holders);
                 give(socket, as_held(socket.owner, holder), time_ns, sink);
+                if let Some(quiet_ns) = found.quiet_ns {
+                    let acked_ns = sweep.finished_ns.saturating_sub(quiet_ns.get());
+                    full.stay.begun_by(socket.state, acked_ns, sweep.started_ns);
+                }
             }
             if let Some(known) = sweep.renamed(socket) {
                 give(socket, known, time_ns, sink);

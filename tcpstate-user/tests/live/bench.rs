@@ -183,7 +183,7 @@ fn snapshots_and_sweeps() {
             let some = filtered.measure(|| dump(minisockets));
             assert!(some.records.is_empty(), "nothing is closed");
             let swept = sweep.measure(|| {
-                let file = session.begin_sweep().expect("the iterator begins");
+                let file = session.begin_sweep(false).expect("the iterator begins");
                 by_iterator(file).expect("it can be read")
             });
             check_sweep(&swept, &processes);

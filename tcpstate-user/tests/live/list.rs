@@ -6,12 +6,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Output};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::net::Shutdown;
 use serde_json::Value;
 
 use crate::daemon::{Daemon, in_namespace};
+use crate::judge::kernel;
 use crate::lab::{proc_states, until};
 use crate::sockets::{Pair, Tcp};
 use crate::tracer::product;
@@ -125,6 +127,12 @@ fn listed(rows: &[Value]) -> BTreeSet<Seen> {
     seen.collect()
 }
 
+fn of_port<'a>(rows: &'a [Value], state: &str, port: u16) -> &'a Value {
+    let mut rows = rows.iter();
+    rows.find(|row| row["state"] == state && row["local_port"] == port)
+        .unwrap_or_else(|| panic!("no {state} of port {port}"))
+}
+
 fn of_state<'a>(rows: &'a [Value], state: &str) -> &'a Value {
     let mut of_it = rows.iter().filter(|row| row["state"] == state);
     let row = of_it.next().unwrap_or_else(|| panic!("no {state}"));
@@ -164,12 +172,6 @@ fn a_list_is_what_the_kernel_has_directly_and_from_the_daemon() {
 
         let direct = list(&["--direct"]);
         assert_eq!(listed(&direct), proc_sockets());
-        let of_port = |rows: &[Value], state: &str, port: u16| {
-            let mut rows = rows.iter();
-            rows.find(|row| row["state"] == state && row["local_port"] == port)
-                .cloned()
-                .expect("it is listed")
-        };
         let listener = of_port(&direct, "LISTEN", closed.far.port());
         assert_eq!(
             (&listener["recv_queue"], &listener["send_queue"]),
@@ -257,6 +259,42 @@ fn a_leak_is_dated_while_it_lasts() {
 
         drop(pair.server);
         until("the leak is gone", || !daemon.metrics().has(&oldest));
+    });
+}
+
+/// A sweep reads when they received their last ACK.
+#[test]
+fn idle_sockets_from_before_the_start_are_no_younger_than_their_silence() {
+    const IDLE: Duration = Duration::from_secs(3);
+    in_namespace(|_| {
+        let begun = Instant::now();
+        let [idle, leak, half] = [(); 3].map(|()| Pair::new(V4));
+        drop(leak.client);
+        half.client.shutdown(Shutdown::Write);
+        let states = [
+            (idle.near.port(), "ESTABLISHED", 1),
+            (leak.far.port(), "CLOSE_WAIT", 8),
+            (half.near.port(), "FIN_WAIT2", 5),
+        ];
+        for (port, state, number) in states {
+            until(state, || proc_states(port).contains(&number));
+        }
+        let quiet = Instant::now();
+        thread::sleep(IDLE);
+        let least = quiet.elapsed();
+        let rows = list(&["--direct"]);
+        let most = begun.elapsed();
+        // Else they are looked up in /proc, which does not tell.
+        let swept = kernel() >= (5, 12);
+        for (port, state, _) in states {
+            let row = of_port(&rows, state, port);
+            assert_eq!(row["age_exact"], false);
+            let age = Duration::from_nanos(row["age_ns"].as_u64().expect("an age"));
+            assert!(age <= most, "{state}: {age:?} of {most:?}");
+            // Jiffies.
+            let least = least.saturating_sub(Duration::from_millis(50));
+            assert_eq!(age >= least, swept, "{state}: {age:?} of {least:?}");
+        }
     });
 }
 

@@ -204,6 +204,7 @@ const READ: &[(&str, Shape<'_>)] = {
                     Struct(&[("icsk_inet", Struct(&[("inet_sport", Bytes(2))]))]),
                 ),
                 ("linger2", Bytes(4)),
+                ("rcv_tstamp", Bytes(4)),
                 ("rcv_nxt", Bytes(4)),
                 ("copied_seq", Bytes(4)),
                 ("write_seq", Bytes(4)),
@@ -389,6 +390,7 @@ fn the_running_kernel_has_each_field() {
         ..found
     };
     assert_eq!(found, known);
+    assert!(found.tcp_rcv_tstamp > found.inet_sport);
     assert!(found.tcp_linger2 > found.inet_sport && found.inet_sport > found.sk_shutdown);
 }
 

@@ -8,13 +8,13 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::sync::Arc;
 
-use rustix::time::{ClockId, clock_getres};
 use tcpstate_common::event::{AF_INET, AF_INET6};
 use tcpstate_common::socket::FULL;
 use tcpstate_common::{Socket, TcpState};
 use zerocopy::{FromBytes as _, Immutable, IntoBytes};
 
 use super::DumpError;
+use crate::kernel::jiffy_ns;
 use crate::model::{Endpoint, Family};
 use crate::table::Record;
 
@@ -105,12 +105,6 @@ fn new_descriptor<A: IntoBytes + Immutable>(command: libc::c_int, attr: &A) -> i
     }
     // SAFETY: the kernel made it for this call, closed at exec, and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(result as i32) })
-}
-
-/// The kernel's `TICK_NSEC`.
-fn jiffy_ns() -> u64 {
-    let jiffy = clock_getres(ClockId::MonotonicCoarse);
-    jiffy.tv_sec.unsigned_abs() * 1_000_000_000 + jiffy.tv_nsec.unsigned_abs()
 }
 
 /// What the records don't say themselves.

@@ -221,6 +221,7 @@ impl State {
         if dump == Dump::Full {
             self.tell_unlisted(merged.unlisted);
             self.follow(&merged.leads, now_ns());
+            self.undated |= merged.undated;
             self.owned_leads = merged.leads;
             self.owners = merged.owners;
             self.want_sweep(0);
@@ -258,7 +259,8 @@ impl State {
         };
         self.next_sweep_ns = None;
         self.lists.sweep_begins();
-        let iterator = session.sweep().is_ok().then(|| session.begin_sweep());
+        let acks = std::mem::take(&mut self.undated);
+        let iterator = session.sweep().is_ok().then(|| session.begin_sweep(acks));
         let (netns, leads) = (self.netns, self.leads());
         let (identity, sockets) = (self.table.identity(), self.iterator.clone());
         let owners = if self.pids_are_ours {
@@ -312,6 +314,7 @@ impl State {
                 tracing::warn!("owners of sockets can't be looked up: {reason}");
                 self.sweep_failure = reason;
             }
+            self.undated = true;
             SECOND_NS
         } else {
             self.follow(&swept.leads, now_ns);
@@ -375,7 +378,7 @@ fn swept(
         Err(error) => (None, FxHashSet::default(), Some(error)),
     };
     Swept {
-        sweep: Sweep::new(holders, names, started_ns),
+        sweep: Sweep::new(holders, names, (started_ns, started_ns + took_ns)),
         leads,
         took_ns,
         failure,

@@ -76,6 +76,10 @@ fn a_table_of_100_000_sockets() {
             container: None,
             sockets: (1..=SOCKETS)
                 .filter(|number| number % u64::from(PROCESSES) == u64::from(pid))
+                .map(|socket| Held {
+                    socket,
+                    quiet_ns: None,
+                })
                 .collect(),
         })
         .collect();
@@ -84,7 +88,7 @@ fn a_table_of_100_000_sockets() {
         .map(|pid| ((pid, u64::from(pid) + 1), new))
         .collect();
     for (what, names) in [("a sweep", FxHashMap::default()), ("one with names", names)] {
-        let mut sweep = Sweep::new(Some(holders.clone()), names, 1);
+        let mut sweep = Sweep::new(Some(holders.clone()), names, (1, 1));
         measure(what, || table.sweep(&mut sweep, PART, 1, |_| {}));
     }
     let (mut scan, mut walk) = (AgeScan::new(9_000 * MS), Walk::default());

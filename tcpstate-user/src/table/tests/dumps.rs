@@ -121,11 +121,30 @@ fn what_a_namespace_held_goes_with_it() {
     assert_eq!(watched.table.len(), 1);
     let met = Merged {
         doubtful: false,
+        undated: false,
         owners: FxHashSet::from_iter([(10, 10)]),
         leads: FxHashSet::from_iter([(NETNS, 10)]),
         unlisted: FxHashSet::from_iter([NETNS]),
     };
     assert_eq!(watched.merged, met);
+}
+
+/// A sweep is to tell their age: once, for the sockets that no event and no dump has shown before.
+#[test]
+fn a_dump_tells_that_sockets_are_new_and_not_dated() {
+    let mut watched = Watched::new(Identity::Cookie);
+    watched.apply(&event(1, 7, SYN_SENT, ESTABLISHED));
+    let mut undated = |time_ms, records| {
+        watched.reconcile(&dump(time_ms, time_ms + 1, records));
+        watched.merged.undated
+    };
+    assert!(!undated(1000, vec![record(1000, 7, ESTABLISHED)]));
+    let both = |time_ms, state| vec![record(time_ms, 7, state), record(time_ms, 9, ESTABLISHED)];
+    assert!(undated(2000, both(2000, ESTABLISHED)));
+    assert!(!undated(3000, both(3000, ESTABLISHED)));
+    // Its event was lost.
+    assert!(undated(4000, both(4000, CLOSE_WAIT)));
+    assert!(!undated(5000, both(5000, CLOSE_WAIT)));
 }
 
 /// The dump read it in one state, and events moved it on before the merge.

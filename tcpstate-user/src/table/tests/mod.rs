@@ -19,8 +19,8 @@ use tcpstate_common::event::{
 use zerocopy::FromZeros as _;
 
 use super::{
-    Change, Discard, Dwell, Holder, Identity, Merge, Merged, Place, Record, STORE_NS, Snapshot,
-    Socket, StateMask, Sweep, Table, Unreachable, Walk,
+    Change, Discard, Dwell, Held, Holder, Identity, Merge, Merged, Place, Record, STORE_NS,
+    Snapshot, Socket, StateMask, Sweep, Table, Unreachable, Walk,
 };
 use crate::model::{Comm, End, Endpoint, Evidence, Family, Listed, Named, OwnerSource, Role};
 
@@ -201,7 +201,7 @@ impl Watched {
         let holders = Some(holders.to_vec());
         self.sweep(
             time_ms,
-            Sweep::new(holders, FxHashMap::default(), time_ms * MS),
+            Sweep::new(holders, FxHashMap::default(), (time_ms * MS, time_ms * MS)),
         );
     }
 

@@ -1,5 +1,7 @@
 //! Whose a socket is, by accepts and sweeps in any order with events and dumps.
 
+use std::num::NonZero;
+
 use proptest::prelude::*;
 use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::Accept;
@@ -21,11 +23,18 @@ fn process(pid: u32, comm: &str) -> Process {
     }
 }
 
+const fn held(socket: u64) -> Held {
+    Held {
+        socket,
+        quiet_ns: None,
+    }
+}
+
 fn holder(process: Process, sockets: &[u16]) -> Holder {
     Holder {
         process,
         container: None,
-        sockets: sockets.iter().copied().map(u64::from).collect(),
+        sockets: sockets.iter().map(|&cookie| held(cookie.into())).collect(),
     }
 }
 
@@ -267,15 +276,66 @@ fn a_sweep_that_finds_the_same_process_keeps_the_better_source() {
 #[test]
 fn a_sweep_tells_nothing_of_the_next_socket_at_an_address() {
     let holders = [Holder {
-        sockets: vec![address(7)],
+        sockets: vec![held(address(7))],
         ..holder(process(WORKER, "worker"), &[])
     }];
     for (began, expected) in [(10, None), (30, Some((WORKER, OwnerSource::Sweep)))] {
         let mut watched = run(Identity::Address, &[event(20, 7, CLOSE, SYN_SENT)]);
-        let sweep = Sweep::new(Some(holders.to_vec()), FxHashMap::default(), began * MS);
+        let sweep = Sweep::new(
+            Some(holders.to_vec()),
+            FxHashMap::default(),
+            (began * MS, began * MS),
+        );
         watched.sweep(40, sweep);
         assert_eq!(watched.owner(7), expected);
     }
+}
+
+/// The last ACK came when the state was entered, or later; what came before the tracer is not exact for that.
+#[test]
+fn a_socket_that_received_no_ack_for_long_is_no_younger() {
+    let age = |state, began_ms, quiet_ms| {
+        let mut watched = Watched::new(Identity::Cookie);
+        watched.reconcile(&dump(20_000, 20_000, vec![record(20_000, 7, state)]));
+        let holders = [Holder {
+            sockets: vec![Held {
+                quiet_ns: NonZero::new(quiet_ms * MS),
+                ..held(7)
+            }],
+            ..holder(process(WORKER, "worker"), &[])
+        }];
+        let time_ns = (began_ms * MS, 21_000 * MS);
+        let sweep = Sweep::new(Some(holders.to_vec()), FxHashMap::default(), time_ns);
+        watched.sweep(21_000, sweep);
+        let row = &watched.rows()[0];
+        (row.since_ns / MS, row.age_exact)
+    };
+    for state in [ESTABLISHED, FIN_WAIT2, CLOSE_WAIT, CLOSING] {
+        assert_eq!(age(state, 20_500, 15_000), (6_000, false));
+        // Data was acknowledged since.
+        assert_eq!(age(state, 20_500, 10), (20_000, false));
+        // It may have been in another state still.
+        assert_eq!(age(state, 19_900, 15_000), (20_000, false));
+    }
+    // No ACK leads there.
+    for state in [LISTEN, SYN_SENT, FIN_WAIT1, LAST_ACK] {
+        assert_eq!(age(state, 20_500, 15_000), (20_000, false));
+    }
+
+    // Its entry was seen.
+    let mut watched = run(Identity::Cookie, &[event(20_000, 7, SYN_SENT, ESTABLISHED)]);
+    let quiet = Held {
+        quiet_ns: NonZero::new(15_000 * MS),
+        ..held(7)
+    };
+    watched.swept(
+        21_000,
+        &[Holder {
+            sockets: vec![quiet],
+            ..holder(process(WORKER, "worker"), &[])
+        }],
+    );
+    assert_eq!(watched.rows()[0].since_ns, 20_000 * MS);
 }
 
 #[test]
@@ -559,7 +619,10 @@ fn the_gauges_follow_an_owner_that_has_another_name_now() {
     // A later process has the pid 11.
     let names = FxHashMap::from_iter([((10, 10), new), ((11, 99), new), ((12, 0), new)]);
     for time in [9, 10] {
-        watched.sweep(time, Sweep::new(None, names.clone(), time * MS));
+        watched.sweep(
+            time,
+            Sweep::new(None, names.clone(), (time * MS, time * MS)),
+        );
     }
     let gauge = |state, comm: &str| {
         let comm = Some(Comm::from_bytes(comm.as_bytes()));

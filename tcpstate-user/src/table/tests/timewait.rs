@@ -120,17 +120,20 @@ fn a_dump_does_not_bring_back_what_ended_meanwhile() {
 #[test]
 fn who_held_a_socket_says_nothing_of_it_once_nobody_is_found() {
     let mut watched = orphaned();
-    let holder = |sockets| Holder {
+    let holder = Holder {
         process: Process {
             pid: 10,
             start_ns: 10,
             comm: None,
         },
         container: None,
-        sockets,
+        sockets: vec![Held {
+            socket: 5,
+            quiet_ns: None,
+        }],
     };
     let count = |watched: &Watched| watched.table.full.sockets().next().map(|it| it.holders);
-    watched.swept(20, &[holder(vec![5])]);
+    watched.swept(20, &[holder]);
     assert_eq!(count(&watched), Some(Some(1)));
     watched.swept(30, &[]);
     assert_eq!(count(&watched), Some(None));
