@@ -75,12 +75,14 @@ fn targets() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Without a sanitizer: the readers have no unsafe code of their own, and without one they take more inputs.
+/// Without a sanitizer: the readers have no unsafe code of their own, and without one they take more inputs. In many units,
+/// since what the default of one gains is less than it takes to build.
 fn cargo_fuzz(command: &str) -> Command {
     let mut cargo_fuzz = Command::new(host::tools().join("bin/cargo-fuzz"));
     cargo_fuzz
         .current_dir(host::root())
-        .args(["fuzz", command, "--sanitizer=none", "--target-dir"])
+        .args(["fuzz", command, "--sanitizer=none", "--codegen-units=16"])
+        .arg("--target-dir")
         .arg(host::target().join("fuzz"));
     cargo_fuzz
 }
