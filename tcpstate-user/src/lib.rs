@@ -7,6 +7,9 @@ pub mod cli;
 pub mod config;
 pub mod export;
 pub mod filter;
+#[cfg(any(test, feature = "fuzz"))]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod kernel;
 pub mod model;
 pub mod owner;

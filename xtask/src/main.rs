@@ -9,6 +9,7 @@ mod bench;
 mod build;
 mod check;
 mod debian;
+mod fuzz;
 mod host;
 mod imports;
 mod libtest;
@@ -39,6 +40,17 @@ enum Command {
     },
     /// Measure what snapshots and sweeps of 100,000 sockets cost on this machine
     Bench,
+    /// Try the readers of bytes from outside with malformed ones, one target after the other
+    Fuzz {
+        /// Only this one of fuzz/fuzz_targets
+        target: Option<String>,
+        /// Go on to the next target after so many inputs
+        #[arg(long, value_name = "N")]
+        runs: Option<u64>,
+        /// Go on to the next target after so long [default: 60, without --runs]
+        #[arg(long, value_name = "S")]
+        seconds: Option<u64>,
+    },
     /// Check format, lints, dependencies, imports and documentation
     Check,
     /// Run the live tests on Debian's kernels in QEMU; ends with `N passed, N failed`
@@ -62,6 +74,17 @@ fn main() -> ExitCode {
         Command::Run { args } => run::product(&args),
         Command::Test { filter } => test::all(filter.as_deref()),
         Command::Bench => bench::all(),
+        Command::Fuzz {
+            target,
+            runs,
+            seconds,
+        } => {
+            let limits = fuzz::Limits {
+                inputs: runs,
+                seconds,
+            };
+            fuzz::campaign(target.as_deref(), &limits)
+        }
         Command::Check => check::all(),
         Command::Vm {
             kernel,

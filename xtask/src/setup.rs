@@ -14,6 +14,7 @@ use crate::host;
 /// Uses rustc's own LLVM; later versions want a system LLVM.
 const BPF_LINKER: (&str, &str) = ("bpf-linker", "0.10.3");
 const CARGO_DENY: (&str, &str) = ("cargo-deny", "0.20.2");
+const CARGO_FUZZ: (&str, &str) = ("cargo-fuzz", "0.13.2");
 
 pub const MUSL: &str = "x86_64-unknown-linux-musl";
 
@@ -22,6 +23,7 @@ pub fn everything() -> Result<()> {
     for_check()?;
     for_test()?;
     for_vm()?;
+    for_fuzz()?;
     host::say("everything is set up");
     Ok(())
 }
@@ -52,6 +54,13 @@ pub fn for_vm() -> Result<()> {
         ("busybox", "busybox-static"),
         ("xz", "xz-utils"),
     ])
+}
+
+pub fn for_fuzz() -> Result<()> {
+    for_build()?;
+    // For libFuzzer itself.
+    programs(&[("c++", "g++")])?;
+    cargo_tool(CARGO_FUZZ)
 }
 
 fn component(name: &str, witness: &str) -> Result<()> {

@@ -48,6 +48,10 @@ pub enum ConnectError {
         .path.display(), Span(*.patience)
     )]
     NoAnswer { path: PathBuf, patience: Duration },
+    #[error(
+        "the filters make a request of {0} bytes; expected less than 65,535; `--direct` takes longer ones"
+    )]
+    TooLong(usize),
     /// In the daemon's words.
     #[error("the daemon refuses: {0}")]
     Refused(String),
@@ -80,8 +84,7 @@ pub struct Events {
 
 struct Body {
     incoming: Incoming,
-    /// The beginning of a line whose end has not come.
-    rest: Vec<u8>,
+    lines: Lines,
     /// The task that reads and writes the connection: ends with this.
     _driver: JoinSet<()>,
 }
@@ -142,12 +145,13 @@ impl Events {
         let request = Request::get(target)
             .header(header::HOST, "localhost")
             .body(Empty::<Bytes>::new())
-            .expect("a query is a valid part of a path");
+            // A query is a valid part of a path; `http` takes less than 64 KiB of both.
+            .map_err(|_| ConnectError::TooLong(target.len()))?;
         let response = sender.send_request(request).await.map_err(no_http)?;
         let (head, incoming) = response.into_parts();
         let mut body = Body {
             incoming,
-            rest: Vec::new(),
+            lines: Lines::default(),
             _driver: driver,
         };
         if head.status != StatusCode::OK {
@@ -210,14 +214,24 @@ impl Body {
             let Ok(data) = frame.map_err(|_| StreamError::Broken)?.into_data() else {
                 continue;
             };
-            let lines = self.lines(&data)?;
+            let lines = self.lines.add(&data)?;
             if !lines.is_empty() {
                 return Ok(Some(lines));
             }
         }
     }
+}
 
-    fn lines(&mut self, data: &[u8]) -> Result<Vec<Line>, StreamError> {
+/// Puts lines together, however the bytes are cut.
+#[derive(Default)]
+pub(super) struct Lines {
+    /// The beginning of a line whose end has not come.
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    /// Those that end within `data`.
+    pub(super) fn add(&mut self, data: &[u8]) -> Result<Vec<Line>, StreamError> {
         self.rest.extend_from_slice(data);
         let whole = match self.rest.iter().rposition(|&byte| byte == b'\n') {
             Some(end) => {
@@ -262,7 +276,7 @@ fn seems_served(path: &Path) -> bool {
 }
 
 /// Names of the sockets that listen, in a `/proc/net/unix`.
-fn listening(sockets: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub(super) fn listening(sockets: &[u8]) -> impl Iterator<Item = &[u8]> {
     /// `__SO_ACCEPTCON`.
     const LISTENS: &[u8] = b"00010000";
     sockets.split(|&byte| byte == b'\n').filter_map(|line| {

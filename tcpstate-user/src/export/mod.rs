@@ -5,6 +5,8 @@
 pub mod check;
 pub mod client;
 mod csv;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 pub mod http;
 mod json;
 pub mod log;

@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -146,9 +147,9 @@ impl StartFields {
                 "all" => NetnsSelection::All,
                 inode => NetnsSelection::One(read("netns", inode)?),
             },
-            host: self.host,
-            boot_id: self.boot_id,
-            version: self.version,
+            host: plain("host", self.host)?,
+            boot_id: plain("boot_id", self.boot_id)?,
+            version: plain("version", self.version)?,
         })
     }
 }
@@ -177,7 +178,7 @@ impl TransitionFields<'_> {
             role: optional("role", self.role)?,
             owner: owner(self.pid, self.comm.as_deref(), self.owner_source)?,
             uid: self.uid,
-            container: self.container.map(Into::into),
+            container: container(self.container)?,
             end: optional("end", self.end)?,
         })
     }
@@ -207,7 +208,7 @@ impl SocketFields<'_> {
             role: optional("role", self.role)?,
             owner: owner(self.pid, self.comm.as_deref(), self.owner_source)?,
             uid: self.uid,
-            container: self.container.map(Into::into),
+            container: container(self.container)?,
             orphan: self.orphan,
             holders: self.holders,
             recv_queue: self.recv_queue,
@@ -235,6 +236,31 @@ fn owner(pid: Option<u32>, comm: Option<&str>, source: &str) -> Result<Option<Ow
         },
         source: named("owner_source", source)?,
     }))
+}
+
+fn container(id: Option<String>) -> Result<Option<Arc<str>>, ParseError> {
+    let id = id.map(|id| plain("container", id)).transpose()?;
+    Ok(id.map(Into::into))
+}
+
+/// What outputs show as it is, and so must not hold what acts on a terminal.
+fn plain(field: &'static str, text: String) -> Result<String, ParseError> {
+    if !text.chars().any(acts) {
+        return Ok(text);
+    }
+    Err(ParseError::Field {
+        field,
+        problem: format!("`{}` can't be printed", text.escape_debug()),
+    })
+}
+
+/// Whether it is a control character, ends a line, or has others shown in another order (Unicode's Bidi_Control).
+fn acts(char: char) -> bool {
+    char.is_control()
+        || matches!(
+            char,
+            '\u{2028}' | '\u{2029}' | '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
 }
 
 fn unix_ns(field: &'static str, time: &str) -> Result<u64, ParseError> {

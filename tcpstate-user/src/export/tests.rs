@@ -352,13 +352,18 @@ fn ids() -> impl Strategy<Value = ConnectionId> {
     ]
 }
 
+/// What may be shown as it is.
+fn texts() -> impl Strategy<Value = String> {
+    r"[^\p{C}\p{Zl}\p{Zp}]*"
+}
+
 prop_compose! {
     fn transitions()(
         (time_ns, id, cookie, netns) in (any::<u64>(), ids(), any::<Option<u64>>(), any::<Option<u32>>()),
         (family, local, remote) in (one_of(), endpoints(), endpoints()),
         (from, to) in any::<(u8, u8)>(),
         (dwell_ns, evidence, role) in (any::<Option<u64>>(), one_of(), prop::option::of(one_of())),
-        (owner, uid, container) in (owners(), any::<Option<u32>>(), any::<Option<String>>()),
+        (owner, uid, container) in (owners(), any::<Option<u32>>(), prop::option::of(texts())),
         end in prop::option::of(one_of()),
     ) -> Line {
         Line::Transition(Transition {
@@ -374,7 +379,7 @@ prop_compose! {
 
 prop_compose! {
     fn starts()(
-        (time_ns, host, boot_id, version) in any::<(u64, String, String, String)>(),
+        (time_ns, host, boot_id, version) in (any::<u64>(), texts(), texts(), texts()),
         source in one_of(),
         inode in any::<Option<u32>>(),
     ) -> Line {
@@ -460,4 +465,29 @@ fn what_can_not_be_shown_is_refused_with_its_value() {
         "schema 2 is not the 1 that this version reads; use the same version on both sides"
     );
     assert!(error("{").starts_with("not a line of a stream: EOF"));
+}
+
+/// Whoever serves the socket must not get at the terminal of whoever reads it.
+#[test]
+fn text_that_does_something_to_a_terminal_is_refused() {
+    let with = |container: &str| {
+        let mut out = Vec::new();
+        let line = Transition {
+            container: Some(container.into()),
+            ..transition()
+        };
+        LineWriter::json().write(&Line::Transition(line), &mut out);
+        parse_line(std::str::from_utf8(&out).unwrap()).map(drop)
+    };
+    for hostile in ["\u{1b}[2J", "a\nb", "\u{9b}2J", "\u{202e}dcba", "\u{7f}"] {
+        let error = with(hostile).unwrap_err().to_string();
+        let shown = hostile.escape_debug();
+        assert_eq!(
+            error,
+            format!("field `container`: `{shown}` can't be printed")
+        );
+    }
+    for harmless in ["8f3c1d2e4b5a", "a \"b\" \\ 'c'", "caf\u{e9}"] {
+        assert!(with(harmless).is_ok());
+    }
 }

@@ -72,7 +72,7 @@ pub fn layout() -> Result<Layout, BtfError> {
     layout_in(&Btf::parse(&bytes)?)
 }
 
-fn layout_in(btf: &Btf<'_>) -> Result<Layout, BtfError> {
+pub(crate) fn layout_in(btf: &Btf<'_>) -> Result<Layout, BtfError> {
     let mut offsets = offsets_in(btf)?;
     let list = list_offsets_in(btf).map(|found| offsets.list = found);
     Ok(Layout {

@@ -7,6 +7,8 @@
 
 pub mod btf;
 pub mod capability;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 pub mod info;
 pub mod load;
 pub mod netns;

@@ -282,7 +282,7 @@ fn candidates() -> Result<Vec<PathBuf>, NetnsError> {
 }
 
 /// Mount points of network namespaces in a `/proc/PID/mountinfo`.
-fn mounted(mountinfo: &[u8]) -> Vec<PathBuf> {
+pub(super) fn mounted(mountinfo: &[u8]) -> Vec<PathBuf> {
     use std::os::unix::ffi::OsStringExt as _;
     mountinfo
         .split(|&byte| byte == b'\n')

@@ -4,6 +4,8 @@
 //! (`diag`; what its messages say is `parse`'s). What a snapshot means for the table is the table's.
 
 mod diag;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod iterator;
 mod parse;
 

@@ -133,8 +133,12 @@ pub(super) fn started_at(folder: &Path, start_ns: u64) -> bool {
 
 /// When the process in this folder of `/proc` started: `CLOCK_BOOTTIME` nanoseconds, rounded down to a tick.
 pub(super) fn start_ns_of(folder: &Path) -> Option<u64> {
-    let ticks = start_ticks(&fs::read(folder.join("stat")).ok()?)?;
-    Some(ticks * ns_per_tick())
+    start_ns(&fs::read(folder.join("stat")).ok()?)
+}
+
+/// By the text of its `stat`.
+pub(super) fn start_ns(stat: &[u8]) -> Option<u64> {
+    start_ticks(stat)?.checked_mul(ns_per_tick())
 }
 
 fn ns_per_tick() -> u64 {
@@ -149,7 +153,7 @@ fn start_ticks(stat: &[u8]) -> Option<u64> {
 }
 
 /// Where a `/proc/PID/mountinfo` says that the whole cgroup v2 hierarchy is mounted.
-fn unified_mount(mountinfo: &str) -> Option<PathBuf> {
+pub(super) fn unified_mount(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (mount, kind) = line.split_once(" - ")?;
         let mut fields = mount.split(' ').skip(3);
@@ -265,6 +269,13 @@ mod tests {
             containers.container(7, START_NS, ROOT_CGROUP).as_deref(),
             Some(ID)
         );
+    }
+
+    #[test]
+    fn a_start_that_no_clock_shows_is_none() {
+        let stat = |ticks: u64| format!("7 (a) S{}{ticks}", " 0 ".repeat(18));
+        assert_eq!(start_ns(stat(1234).as_bytes()), Some(12_340_000_000));
+        assert_eq!(start_ns(stat(u64::MAX).as_bytes()), None);
     }
 
     #[test]

@@ -3,6 +3,8 @@
 
 mod comm;
 mod container;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod lookup;
 mod sweep;
 

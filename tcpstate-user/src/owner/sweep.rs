@@ -32,13 +32,18 @@ pub struct Swept {
 /// # Errors
 /// Where it can't be read to its end.
 pub fn by_iterator(file: File) -> io::Result<Swept> {
-    read(BufReader::with_capacity(READ_LEN, file))
+    let (holders, leads) = read(BufReader::with_capacity(READ_LEN, file))?;
+    Ok(Swept {
+        holders: holders.list(),
+        leads,
+    })
 }
 
 /// As much as the kernel gives at once (`bpf_iter`'s buffer of 8 pages), so that it is copied but once.
 const READ_LEN: usize = 32 * 1024;
 
-fn read(mut records: impl BufRead) -> io::Result<Swept> {
+/// The holders, and the leads, that the iterator's records tell.
+pub(super) fn read(mut records: impl BufRead) -> io::Result<(Holders, FxHashSet<(u32, u32)>)> {
     let mut holders = Holders::default();
     let mut leads = FxHashSet::default();
     let jiffy_ns = jiffy_ns();
@@ -71,10 +76,7 @@ fn read(mut records: impl BufRead) -> io::Result<Swept> {
             quiet_ns: NonZero::new(quiet_jiffies(&found) * jiffy_ns),
         });
     }
-    Ok(Swept {
-        holders: holders.list(),
-        leads,
-    })
+    Ok((holders, leads))
 }
 
 /// Whole ones that went by since the last ACK; 0 where none is known, or it is too long ago to be told from one to come.
@@ -153,7 +155,7 @@ fn descriptors(
 }
 
 /// That of `socket:[4711]`.
-fn inode(target: &Path) -> Option<u32> {
+pub(super) fn inode(target: &Path) -> Option<u32> {
     let number = target
         .to_str()?
         .strip_prefix("socket:[")?
@@ -162,9 +164,9 @@ fn inode(target: &Path) -> Option<u32> {
 }
 
 #[derive(Default)]
-struct Holders {
+pub(super) struct Holders {
     /// A socket as often as it was found.
-    found: Vec<Holder>,
+    pub(super) found: Vec<Holder>,
     /// By pid and start: where a process is in `found`.
     places: FxHashMap<(u32, u64), usize>,
 }
@@ -264,12 +266,12 @@ mod tests {
         ];
         // However the bytes are cut.
         for capacity in [1, 48, 49, READ_LEN] {
-            let swept = read(BufReader::with_capacity(capacity, &*records.concat()));
-            let swept = swept.expect("whole records");
+            let read = read(BufReader::with_capacity(capacity, &*records.concat()));
+            let (holders, leads) = read.expect("whole records");
             let expected = [holder(NOBODY, &[11, 12, 13]), holder(NOBODY - 1, &[11])];
-            assert_eq!(swept.holders, expected);
-            let leads = [(7, NOBODY), (8, NOBODY), (7, NOBODY - 1)];
-            assert_eq!(swept.leads, leads.into_iter().collect());
+            assert_eq!(holders.list(), expected);
+            let expected = [(7, NOBODY), (8, NOBODY), (7, NOBODY - 1)];
+            assert_eq!(leads, expected.into_iter().collect());
         }
     }
 
@@ -296,7 +298,8 @@ mod tests {
     #[test]
     fn a_file_that_ends_within_a_record_is_an_error() {
         let bytes = [record(1, 7, 11), record(1, 7, 12)].concat();
-        let error = read(&bytes[..bytes.len() - 1]).expect_err("a byte is missing");
+        let read = read(&bytes[..bytes.len() - 1]);
+        let error = read.map(drop).expect_err("a byte is missing");
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }

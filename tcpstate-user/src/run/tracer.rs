@@ -436,7 +436,7 @@ impl State {
             reason,
         });
         // What the table missed, a dump repairs.
-        self.next_full_ns = self.next_full_ns.min(time_ns + SECOND_NS);
+        self.next_full_ns = self.next_full_ns.min(time_ns.saturating_add(SECOND_NS));
     }
 
     /// Losses that no later record has told of.

@@ -311,7 +311,7 @@ impl Table {
                     seen: true,
                 }
             },
-            expires_ns: (!stays).then_some(event.time_ns + TIME_WAIT_NS),
+            expires_ns: (!stays).then_some(event.time_ns.saturating_add(TIME_WAIT_NS)),
             seen: 0,
             missed: false,
             event_ns: event.time_ns,

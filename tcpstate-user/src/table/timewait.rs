@@ -31,7 +31,7 @@ impl Table {
         let Some(mini) = self.mini.get_mut(event.cookie) else {
             return self.before_close(event);
         };
-        mini.expires_ns = Some(event.time_ns + TIME_WAIT_NS);
+        mini.expires_ns = Some(event.time_ns.saturating_add(TIME_WAIT_NS));
         mini.event_ns = event.time_ns;
         let before = Place::of(&mini.socket);
         if before.state != TcpState::FIN_WAIT2 {

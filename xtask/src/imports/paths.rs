@@ -35,7 +35,10 @@ pub fn only_for_tests(attributes: &[syn::Attribute]) -> bool {
         };
         list.path.is_ident("cfg") && {
             let cfg: String = list.tokens.to_string().split_whitespace().collect();
-            cfg == "test" || cfg.starts_with("all(test,")
+            cfg == "test"
+                || cfg.starts_with("all(test,")
+                // The properties that the fuzz targets share with the tests.
+                || cfg == "any(test,feature=\"fuzz\")"
         }
     })
 }

@@ -166,5 +166,7 @@ fn tests_may_use_anything() {
         ])
         .is_empty()
     );
+    let properties = "#[cfg(any(test, feature = \"fuzz\"))] use std::fs;";
+    assert!(said("table.rs", properties).is_empty());
     assert_eq!(said("table.rs", "#[cfg(not(test))] use std::fs;").len(), 1);
 }

@@ -3,6 +3,8 @@
 //! Addresses and process names leave through the Unix socket only: on TCP there is no `/v1`. What the answers are made
 //! of comes from a [`Backend`]; how connections are kept in bounds is `serve`'s.
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod landing;
 mod lines;
 mod places;

@@ -546,3 +546,12 @@ async fn the_client_says_what_it_found() {
     assert!(matches!(error, ConnectError::NoDaemon { .. }), "{error}");
     assert_eq!(error.to_string().lines().count(), 1);
 }
+
+#[tokio::test]
+async fn filters_that_no_request_can_carry_are_an_error() {
+    let served = Served::new(Limits::default()).await;
+    let with = |bytes| format!("comm={}", "x".repeat(bytes));
+    assert!(served.events(&with(50_000)).await.is_ok());
+    let error = served.events(&with(70_000)).await.err().unwrap();
+    assert!(matches!(error, ConnectError::TooLong(_)), "{error}");
+}

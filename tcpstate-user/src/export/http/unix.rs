@@ -164,7 +164,7 @@ fn give_to_group(path: &Path) {
     }
 }
 
-fn gid_of(group: &str, groups: &str) -> Option<u32> {
+pub(super) fn gid_of(group: &str, groups: &str) -> Option<u32> {
     groups.lines().find_map(|line| {
         let mut fields = line.split(':');
         (fields.next() == Some(group)).then(|| fields.nth(1)?.parse().ok())?

@@ -108,14 +108,14 @@ fn new_descriptor<A: IntoBytes + Immutable>(command: libc::c_int, attr: &A) -> i
 }
 
 /// What the records don't say themselves.
-struct Reading {
-    netns: u32,
-    jiffy_ns: u64,
+pub(super) struct Reading {
+    pub(super) netns: u32,
+    pub(super) jiffy_ns: u64,
 }
 
 impl Reading {
     /// `bytes`: whole records.
-    fn add(&self, bytes: &[u8], records: &mut Vec<Record>) -> Result<(), Malformed> {
+    pub(super) fn add(&self, bytes: &[u8], records: &mut Vec<Record>) -> Result<(), Malformed> {
         let mut rest = bytes;
         while let Ok((socket, after)) = Socket::read_from_prefix(rest) {
             rest = after;

@@ -233,10 +233,7 @@ impl<'a> Found<'a> {
         let telling = if listens { local_addr } else { remote_addr };
         Some(Record {
             // The kernel makes one for each socket that it lists.
-            cookie: Some(
-                u64::from(u32::from_ne_bytes(message.id.cookie[1])) << 32
-                    | u64::from(u32::from_ne_bytes(message.id.cookie[0])),
-            ),
+            cookie: Some(cookie(message.id.cookie)).filter(|&cookie| cookie != 0),
             address: None,
             netns,
             family: match telling {
@@ -278,6 +275,10 @@ fn has_shutdown(mut attributes: &[u8]) -> Result<bool, &'static str> {
             .unwrap_or_default();
     }
     Ok(false)
+}
+
+fn cookie([low, high]: [[u8; 4]; 2]) -> u64 {
+    u64::from(u32::from_ne_bytes(high)) << 32 | u64::from(u32::from_ne_bytes(low))
 }
 
 fn address(family: u8, bytes: [u8; 16]) -> IpAddr {

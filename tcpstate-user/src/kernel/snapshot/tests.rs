@@ -481,6 +481,21 @@ fn damaged_answers_are_errors_or_other_records_and_never_a_panic() {
     });
 }
 
+/// The kernel makes one for each socket that it lists; 0 would be everybody's.
+#[test]
+fn a_socket_without_a_cookie_has_none() {
+    let mut batch = real_batch();
+    // Behind the header, what stands before the id, both ports, both addresses and the interface.
+    let cookie = 16 + 4 + 4 + 32 + 4;
+    assert!(
+        records(&batch).expect("the kernel's own")[0]
+            .cookie
+            .is_some()
+    );
+    batch[cookie..cookie + 8].fill(0);
+    assert_eq!(records(&batch).expect("as before")[0].cookie, None);
+}
+
 /// Nothing was asked, so nothing comes.
 #[test]
 fn a_kernel_that_does_not_answer_is_not_waited_for() {

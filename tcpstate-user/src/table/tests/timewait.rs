@@ -138,3 +138,17 @@ fn who_held_a_socket_says_nothing_of_it_once_nobody_is_found() {
     watched.swept(30, &[]);
     assert_eq!(count(&watched), Some(None));
 }
+
+/// No kernel says so, but a record may be malformed.
+#[test]
+fn a_time_at_the_end_of_time_is_taken() {
+    let at_the_end = |event| with(event, |event: &mut SetState| event.time_ns = u64::MAX);
+    let mut watched = orphaned();
+    watched.step(&step(9, 5, TIMEWAIT_BEGINS, TIME_WAIT));
+    watched.apply(&at_the_end(close(9)));
+    watched.step(&TimeWait {
+        time_ns: u64::MAX,
+        ..step(10, 5, TIMEWAIT_SET_AGAIN, TIME_WAIT)
+    });
+    assert_eq!(watched.states(), BTreeMap::from([(5, TIME_WAIT)]));
+}
