@@ -178,7 +178,11 @@ impl Tracer {
 
     /// A sweep that found nobody, and read the names of those who accepted.
     fn sweep(&mut self) {
-        let mut sweep = Sweep::new(Some(Vec::new()), self.names.clone(), self.newest_ns);
+        let mut sweep = Sweep::new(
+            Some(Vec::new()),
+            self.names.clone(),
+            (self.newest_ns, self.newest_ns),
+        );
         let told = &mut self.told;
         while !self
             .table
