@@ -12,6 +12,7 @@ mod check;
 mod daemon;
 mod dumps;
 mod dwell;
+mod faults;
 mod judge;
 mod lab;
 mod list;

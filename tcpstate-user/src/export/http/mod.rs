@@ -7,6 +7,7 @@ mod landing;
 mod lines;
 mod places;
 mod serve;
+mod stall;
 mod unix;
 
 use std::sync::Arc;

@@ -19,12 +19,13 @@ use tokio::task::JoinSet;
 use tokio_io_timeout::TimeoutStream;
 
 use super::places::{Place, Places};
+use super::stall::Told;
 use super::{Backend, UnixSocket, local, public};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at a time: over all TCP addresses, and as many on the Unix socket, so that neither can shut out
-    /// the other. For a further one, the one gives way that has waited longest for its request.
+    /// the other. For a further one, the one gives way that has waited longest for its request, or else for its reader.
     pub connections: usize,
     /// From when a request may begin to the end of its header; ends an idle connection too.
     pub header: Duration,
@@ -173,6 +174,7 @@ async fn converse<I>(
 {
     let mut io = TimeoutStream::new(io);
     io.set_write_timeout(Some(limits.write));
+    let io = Told::new(Box::pin(io), Arc::clone(&place));
     let answered = Arc::clone(&place);
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |request| {
@@ -188,7 +190,7 @@ async fn converse<I>(
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header)
         .max_buf_size(WRITE_BUFFER)
-        .serve_connection(TokioIo::new(Box::pin(io)), service);
+        .serve_connection(TokioIo::new(io), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -409,6 +409,40 @@ async fn who_is_being_answered_does_not_give_way() {
     assert_eq!(body(&third.await), "up 1\n");
 }
 
+/// It asks for one page after the other and reads none, until the server can't answer any more.
+async fn stalled(served: &Served) -> TcpStream {
+    let mut io = served.tcp().await;
+    let requests = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000);
+    while timeout(Duration::from_millis(300), io.write_all(&requests))
+        .await
+        .is_ok_and(|written| written.is_ok())
+    {}
+    io
+}
+
+#[tokio::test]
+async fn who_does_not_read_gives_way_before_who_does() {
+    let limits = Limits {
+        connections: 2,
+        ..Limits::default()
+    };
+    let served = Served::new(limits).await;
+    let clients = [stalled(&served).await, stalled(&served).await];
+    let began = Instant::now();
+    assert_eq!(body(&served.get("/metrics").await), "up 1\n");
+    let took = began.elapsed();
+    assert!(took < limits.header, "it waited for {took:?}");
+    // The other is there still, and is answered once it reads.
+    let mut cut = 0;
+    for mut client in clients {
+        let mut answers = Vec::new();
+        let read = timeout(Duration::from_secs(1), client.read_to_end(&mut answers)).await;
+        assert!(answers.len() > 1 << 16, "{} bytes", answers.len());
+        cut += usize::from(read.is_ok());
+    }
+    assert_eq!(cut, 1);
+}
+
 /// Clients that send a byte a second, and come again when they are dropped.
 fn besiege<I, F>(clients: usize, connect: impl Fn() -> F + Clone + Send + 'static) -> JoinSet<()>
 where
