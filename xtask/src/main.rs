@@ -14,6 +14,7 @@ mod imports;
 mod libtest;
 mod run;
 mod setup;
+mod soak;
 mod test;
 mod vm;
 
@@ -39,6 +40,12 @@ enum Command {
     },
     /// Measure what snapshots and sweeps of 100,000 sockets cost on this machine
     Bench,
+    /// Hold the daemon under random load, and measure whether it grows
+    Soak {
+        /// For so long
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        minutes: u64,
+    },
     /// Check format, lints, dependencies, imports and documentation
     Check,
     /// Run the live tests on Debian's kernels in QEMU; ends with `N passed, N failed`
@@ -62,6 +69,7 @@ fn main() -> ExitCode {
         Command::Run { args } => run::product(&args),
         Command::Test { filter } => test::all(filter.as_deref()),
         Command::Bench => bench::all(),
+        Command::Soak { minutes } => soak::run(minutes),
         Command::Check => check::all(),
         Command::Vm {
             kernel,

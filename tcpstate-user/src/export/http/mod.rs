@@ -7,7 +7,6 @@ mod landing;
 mod lines;
 mod places;
 mod serve;
-mod stall;
 mod unix;
 
 use std::sync::Arc;

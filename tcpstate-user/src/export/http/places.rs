@@ -1,60 +1,38 @@
-//! The places for connections. When all are taken, one gives way: the connection that has waited longest for its
-//! request, else the one that has taken longest to read its answer, so that nobody is kept out by connections that ask
-//! for nothing, or read nothing.
+//! The places for connections. When all are taken, the connection that has waited longest for its request gives way,
+//! and each answer is its connection's last, so that nobody is kept out by connections that ask for nothing, or for one
+//! page after the other.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use http_body::{Frame, SizeHint};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, sleep_until};
-
-/// A reader that takes nothing for so long may have to give way; the packets of one that reads come more often.
-const STALLED: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 pub(super) struct Places {
     free: Arc<Semaphore>,
-    idle: Mutex<Idle>,
-    /// There is one more that could give way.
+    waiting: Mutex<Waiting>,
+    /// There is one more that waits.
     more: Notify,
     said: AtomicBool,
 }
 
-/// Connections that could give way; who began last comes last.
+/// Connections that wait for the whole of a request's header; who began last comes last.
 #[derive(Debug, Default)]
-struct Idle {
+struct Waiting {
     next: u64,
-    /// They wait for the whole of a request's header.
-    waiting: BTreeMap<u64, Arc<Notify>>,
-    /// Their readers don't take what is answered, since then.
-    stalled: BTreeMap<u64, (Instant, Arc<Notify>)>,
-}
-
-impl Idle {
-    /// Whose turn it is; else, when to look again if nothing changes before.
-    fn pop(&mut self, now: Instant) -> Result<Arc<Notify>, Option<Instant>> {
-        if let Some((_, leave)) = self.waiting.pop_first() {
-            return Ok(leave);
-        }
-        let longest = self.stalled.first_entry().ok_or(None)?;
-        match longest.get().0 + STALLED {
-            due if due > now => Err(Some(due)),
-            _ => Ok(longest.remove().1),
-        }
-    }
+    by_age: BTreeMap<u64, Arc<Notify>>,
 }
 
 impl Places {
     pub(super) fn new(count: usize) -> Arc<Self> {
         Arc::new(Self {
             free: Arc::new(Semaphore::new(count)),
-            idle: Mutex::default(),
+            waiting: Mutex::default(),
             more: Notify::new(),
             said: AtomicBool::new(false),
         })
@@ -74,39 +52,33 @@ impl Places {
         let place = Arc::new(Place {
             places: Arc::clone(self),
             leave: Arc::default(),
-            standing: Mutex::default(),
+            ticket: Mutex::default(),
             _permit: permit.expect("nobody closes the semaphore"),
         });
-        place.becomes(|_| {});
+        place.waits();
         place
     }
 
-    /// Has a connection end, once there is one that can.
+    /// Has the connection end that has waited longest, once there is one.
     async fn make_room(&self) {
         loop {
-            let found = self.idle().pop(Instant::now());
-            match found {
-                Ok(leave) => {
-                    leave.notify_one();
-                    break;
+            let longest = self.waiting().by_age.pop_first();
+            if let Some((_, leave)) = longest {
+                leave.notify_one();
+                if !self.said.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        "all connections that may be are there: for each more, the one is dropped that has waited \
+                         longest for its request (said once)"
+                    );
                 }
-                Err(None) => self.more.notified().await,
-                Err(Some(due)) => tokio::select! {
-                    () = self.more.notified() => {}
-                    () = sleep_until(due) => {}
-                },
+                return;
             }
-        }
-        if !self.said.swap(true, Ordering::Relaxed) {
-            tracing::warn!(
-                "all connections that may be are there: for each more, the one is dropped that has waited longest for \
-                 its request, or has not read its answer (said once)"
-            );
+            self.more.notified().await;
         }
     }
 
-    fn idle(&self) -> MutexGuard<'_, Idle> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -115,16 +87,9 @@ impl Places {
 pub(super) struct Place {
     places: Arc<Places>,
     leave: Arc<Notify>,
-    standing: Mutex<Standing>,
+    /// Its key among those that wait, the last that it had.
+    ticket: Mutex<u64>,
     _permit: OwnedSemaphorePermit,
-}
-
-/// What a connection is at, and its key among those that could give way, the last that it had.
-#[derive(Debug, Default)]
-struct Standing {
-    answers: bool,
-    stalls: bool,
-    ticket: u64,
 }
 
 impl Place {
@@ -133,49 +98,40 @@ impl Place {
         self.leave.notified().await;
     }
 
-    /// A request is there: it waits for none until the answer is dropped.
+    /// Others may want it as soon as the answer is made.
+    pub(super) fn is_scarce(&self) -> bool {
+        self.places.free.available_permits() == 0
+    }
+
+    /// A request is there: it is safe until the answer is dropped.
     pub(super) fn answers(self: &Arc<Self>) -> Answering {
-        self.becomes(|standing| standing.answers = true);
+        self.stops_waiting();
         Answering(Arc::clone(self))
     }
 
-    /// The reader takes nothing, or takes something again.
-    pub(super) fn stalls(&self, stalls: bool) {
-        self.becomes(|standing| standing.stalls = stalls);
-    }
-
-    fn becomes(&self, change: impl FnOnce(&mut Standing)) {
-        let mut standing = self.standing();
-        let mut idle = self.places.idle();
-        idle.waiting.remove(&standing.ticket);
-        idle.stalled.remove(&standing.ticket);
-        change(&mut standing);
-        standing.ticket = idle.next;
-        idle.next += 1;
-        let leave = Arc::clone(&self.leave);
-        match *standing {
-            Standing { answers: false, .. } => drop(idle.waiting.insert(standing.ticket, leave)),
-            Standing { stalls: true, .. } => {
-                let stalled = (Instant::now(), leave);
-                idle.stalled.insert(standing.ticket, stalled);
-            }
-            Standing { .. } => return,
-        }
-        drop(idle);
+    fn waits(&self) {
+        let mut waiting = self.places.waiting();
+        let ticket = waiting.next;
+        waiting.next += 1;
+        waiting.by_age.insert(ticket, Arc::clone(&self.leave));
+        *self.ticket() = ticket;
+        drop(waiting);
         self.places.more.notify_one();
     }
 
-    fn standing(&self) -> MutexGuard<'_, Standing> {
-        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    fn stops_waiting(&self) {
+        let mut waiting = self.places.waiting();
+        waiting.by_age.remove(&self.ticket());
+    }
+
+    fn ticket(&self) -> MutexGuard<'_, u64> {
+        self.ticket.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let ticket = self.standing().ticket;
-        let mut idle = self.places.idle();
-        idle.waiting.remove(&ticket);
-        idle.stalled.remove(&ticket);
+        self.stops_waiting();
     }
 }
 
@@ -183,6 +139,10 @@ impl Drop for Place {
 pub(super) struct Answering(Arc<Place>);
 
 impl Answering {
+    pub(super) fn place(&self) -> &Place {
+        &self.0
+    }
+
     pub(super) fn with(self, body: Body) -> Answer {
         Answer {
             body,
@@ -193,7 +153,7 @@ impl Answering {
 
 impl Drop for Answering {
     fn drop(&mut self) {
-        self.0.becomes(|standing| standing.answers = false);
+        self.0.waits();
     }
 }
 

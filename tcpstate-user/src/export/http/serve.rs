@@ -1,6 +1,7 @@
 //! Takes connections and keeps them in bounds: how many, how long a request may take to arrive, how long a reader may
 //! not read, how long the end may take.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::pin;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::{HeaderValue, header};
 use axum::serve::Listener;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
@@ -19,13 +21,13 @@ use tokio::task::JoinSet;
 use tokio_io_timeout::TimeoutStream;
 
 use super::places::{Place, Places};
-use super::stall::Told;
 use super::{Backend, UnixSocket, local, public};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at a time: over all TCP addresses, and as many on the Unix socket, so that neither can shut out
-    /// the other. For a further one, the one gives way that has waited longest for its request, or else for its reader.
+    /// the other. For a further one, the one gives way that has waited longest for its request; and where all places are
+    /// taken, an answer is its connection's last.
     pub connections: usize,
     /// From when a request may begin to the end of its header; ends an idle connection too.
     pub header: Duration,
@@ -150,6 +152,8 @@ async fn accept<L: Listener<Io: Unpin>>(
         };
         connections.spawn(converse(io, place, router.clone(), limits, stopped.clone()));
         while connections.try_join_next().is_some() {}
+        // It reads its request, where that is there, before another comes for which one that waits has to go.
+        tokio::task::yield_now().await;
     }
     drop(listener);
     let ended = async { while connections.join_next().await.is_some() {} };
@@ -174,23 +178,25 @@ async fn converse<I>(
 {
     let mut io = TimeoutStream::new(io);
     io.set_write_timeout(Some(limits.write));
-    let io = Told::new(Box::pin(io), Arc::clone(&place));
     let answered = Arc::clone(&place);
     let router = TowerToHyperService::new(router);
     let service = service_fn(move |request| {
         let answering = answered.answers();
         let answer = router.call(request);
         async move {
-            answer
-                .await
-                .map(|answer| answer.map(|body| answering.with(body)))
+            let mut answer = answer.await?;
+            if answering.place().is_scarce() {
+                let close = HeaderValue::from_static("close");
+                answer.headers_mut().insert(header::CONNECTION, close);
+            }
+            Ok::<_, Infallible>(answer.map(|body| answering.with(body)))
         }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header)
         .max_buf_size(WRITE_BUFFER)
-        .serve_connection(TokioIo::new(io), service);
+        .serve_connection(TokioIo::new(Box::pin(io)), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
