@@ -8,10 +8,13 @@ use std::time::{Duration, Instant};
 
 use crate::daemon::{Daemon, in_namespace, storm};
 use crate::lab::until;
-use crate::sys::Fork;
 
 const DAEMON: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10975);
 const REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
+/// What a scrape may take, whoever else asks.
+const QUICK: Duration = Duration::from_millis(250);
+/// Of which the best counts: the machine has other things to do too.
+const ROUNDS: usize = 5;
 
 /// How long a scrape takes, from the connect to the last byte.
 fn scrape() -> Duration {
@@ -21,25 +24,38 @@ fn scrape() -> Duration {
     connection.write_all(request).expect("sent");
     let mut answer = String::new();
     connection.read_to_string(&mut answer).expect("an answer");
-    if answer.is_empty() {
-        println!("DROPPED after {:?}", begun.elapsed());
-        return begun.elapsed();
-    }
-    assert!(answer.starts_with("HTTP/1.0 200 "), "{answer}");
+    assert!(answer.starts_with("HTTP/1.0 200 "), "{answer:?}");
     assert!(answer.contains("\ntcpstate_sockets{state=\"listen\"} "));
     begun.elapsed()
 }
 
-/// Of one a tenth of a second: the median, and the slowest.
-fn scrapes(count: usize) -> [Duration; 2] {
-    let mut all: Vec<Duration> = (0..count)
-        .map(|_| {
-            thread::sleep(Duration::from_millis(100));
-            scrape()
-        })
-        .collect();
-    all.sort();
-    [all[count / 2], all[count - 1]]
+/// One after the other, a twentieth of a second between; the slowest.
+fn scrapes() -> Duration {
+    let times = (0..10).map(|_| {
+        thread::sleep(Duration::from_millis(50));
+        scrape()
+    });
+    times.max().expect("ten")
+}
+
+/// At the same time; the slowest.
+fn scrapes_together(count: usize) -> Duration {
+    thread::scope(|scope| {
+        let scrapes: Vec<_> = (0..count).map(|_| scope.spawn(scrape)).collect();
+        let times = scrapes.into_iter().map(|scrape| scrape.join());
+        times
+            .map(|time| time.expect("answered"))
+            .max()
+            .expect("some")
+    })
+}
+
+/// The slowest scrape of the best round.
+fn must_be_quick(what: &str, round: impl Fn() -> Duration) {
+    let mut rounds = [(); ROUNDS].map(|()| round());
+    rounds.sort();
+    println!("the slowest scrape {what}, by round: {rounds:?}");
+    assert!(rounds[0] < QUICK, "{what}: {rounds:?}");
 }
 
 /// A connection that sends what it can of that, and reads nothing.
@@ -87,24 +103,57 @@ fn besiege(clients: usize, text: &[u8], most: usize, pause: Duration, over: &Ato
     }
 }
 
+/// Nothing of it loses an event, nor takes much memory.
 #[test]
-fn try_pipelining() {
+fn scrapes_are_quick_whatever_others_do() {
     in_namespace(|_| {
         let daemon = Daemon::start(&[]);
-        println!("page {} bytes", daemon.get("/metrics").1.len());
-        println!("alone {:?}", scrapes(20));
-        let over = AtomicBool::new(false);
-        let requests = REQUEST.repeat(1000);
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                besiege(300, &requests, usize::MAX, Duration::from_millis(50), &over);
+        must_be_quick("with nobody else", scrapes);
+        let pages = REQUEST.repeat(1000);
+        for (what, clients, text, most, pause) in [
+            (
+                "beside 2,000 clients that send a byte a second",
+                2000,
+                &b"GET /metrics HTTP/1.1\r\nX: "[..],
+                1,
+                Duration::from_secs(1),
+            ),
+            (
+                "beside 300 clients that ask for page after page and read none",
+                300,
+                &pages[..],
+                usize::MAX,
+                Duration::from_millis(50),
+            ),
+        ] {
+            let over = AtomicBool::new(false);
+            thread::scope(|scope| {
+                scope.spawn(|| besiege(clients, text, most, pause, &over));
+                thread::sleep(Duration::from_secs(1));
+                must_be_quick(what, scrapes);
+                over.store(true, Ordering::Relaxed);
             });
-            thread::sleep(Duration::from_millis(100));
-            println!("pipelining {:?}", scrapes(20));
-            println!("pipelining {:?}", scrapes(20));
-            over.store(true, Ordering::Relaxed);
+        }
+        must_be_quick("of 200 at once", || scrapes_together(200));
+
+        // All the streams that there may be, and nobody reads.
+        let _stalled: Vec<_> = (0..16).map(|_| daemon.events("")).collect();
+        until("all streams are there", || {
+            daemon.metrics().get("tcpstate_stream_clients") == 16.0
+        });
+        thread::scope(|scope| {
+            let load = scope.spawn(|| storm(Duration::from_secs(3)));
+            must_be_quick("beside 16 stalled streams and a storm", scrapes);
+            let connections = load.join().expect("no panic");
+            println!("{connections} connections meanwhile");
         });
         let metrics = daemon.metrics();
-        println!("rss {}", metrics.get("process_resident_memory_bytes"));
+        let resident = metrics.get("process_resident_memory_bytes") / f64::from(1 << 20);
+        let dropped = metrics.get("tcpstate_stream_lines_dropped_total");
+        println!("{resident:.0} MiB resident, {dropped} lines dropped for the streams");
+        assert!(dropped > 0.0, "the streams took all");
+        assert!(resident < 400.0, "{resident} MiB");
+        let lost = metrics.get("tcpstate_events_lost_total{reason=\"ring_full\"}");
+        assert_eq!(lost, 0.0);
     });
 }

@@ -152,8 +152,6 @@ async fn accept<L: Listener<Io: Unpin>>(
         };
         connections.spawn(converse(io, place, router.clone(), limits, stopped.clone()));
         while connections.try_join_next().is_some() {}
-        // It reads its request, where that is there, before another comes for which one that waits has to go.
-        tokio::task::yield_now().await;
     }
     drop(listener);
     let ended = async { while connections.join_next().await.is_some() {} };
