@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::Shutdown;
 
-use crate::daemon::{Daemon, LOOPBACK, in_namespace};
+use crate::daemon::{Daemon, LOOPBACK, in_namespace, storm};
 use crate::lab::kernel_hides;
 use crate::model::Random;
 use crate::sockets::{Tcp, connect_to_nobody};
@@ -20,6 +20,8 @@ use crate::sockets::{Tcp, connect_to_nobody};
 /// Connections that a worker holds at most.
 const HELD: usize = 500;
 const WORKERS: u64 = 3;
+/// 65,536 connections and more.
+const FILL: Duration = Duration::from_secs(20);
 const SAMPLE: Duration = Duration::from_secs(5);
 /// Of resident memory, in percent.
 const GROWTH: f64 = 2.0;
@@ -112,6 +114,8 @@ fn a_daemon_under_random_load_does_not_grow() {
         // TIME_WAIT must not use up the ports.
         crate::sys::set_sysctl("net/ipv4/tcp_max_tw_buckets", "5000").expect("a sysctl");
         let daemon = Daemon::start(&["--reconcile-interval", "5s"]);
+        // What is remembered of sockets that were closed is bounded (`Generations`), and full from here on.
+        let filled = thread::scope(|scope| scope.spawn(|| storm(FILL)).join());
         let (over, connections) = (AtomicBool::new(false), AtomicU64::new(0));
         let mut samples = Vec::new();
         thread::scope(|scope| {
@@ -139,10 +143,14 @@ fn a_daemon_under_random_load_does_not_grow() {
         let metrics = daemon.metrics();
         let lost = metrics.sum("tcpstate_events_lost_total");
         let corrections = metrics.sum("tcpstate_corrections_total");
+        let eighths = samples.chunks(samples.len().div_ceil(8));
+        let trend = eighths.map(|some| mean(some, |sample| sample.resident) / f64::from(1 << 20));
+        let trend: Vec<String> = trend.map(|mib| format!("{mib:.1}")).collect();
+        println!("resident memory, MiB, by eighths: {}", trend.join(" "));
         println!(
             "{minutes} minutes, {} connections, {} transitions, {lost} lost, {corrections} corrected; resident memory \
              {:.1} MiB in the second quarter, {:.1} MiB in the last ({grown:+.2} %); {:.1} files open, then {:.1}",
-            connections.load(Ordering::Relaxed),
+            filled.expect("no panic") + connections.load(Ordering::Relaxed),
             metrics.sum("tcpstate_kernel_transitions_total"),
             resident[0] / f64::from(1 << 20),
             resident[1] / f64::from(1 << 20),
