@@ -235,6 +235,9 @@ fn neither_snapshot_nor_sweep_stalls_lines_and_scrapes() {
         let metrics = daemon.metrics();
         assert_eq!(metrics.sum("tcpstate_events_lost_total"), 0.0);
         assert_eq!(metrics.sum("tcpstate_corrections_total"), 0.0);
+        let resident = metrics.get("process_resident_memory_bytes") / f64::from(1 << 20);
+        let sockets = metrics.get("tcpstate_table_entries");
+        println!("the daemon has {sockets} sockets in its table, {resident:.0} MiB resident");
         print_head();
         line.print("a line of the stream");
         busy_line.print("the slowest while the list is made");

@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,15 +15,26 @@ const REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
 const QUICK: Duration = Duration::from_millis(250);
 /// Of which the best counts: the machine has other things to do too.
 const ROUNDS: usize = 5;
+/// Scrapes that gave way before their request was read.
+static DROPPED: AtomicUsize = AtomicUsize::new(0);
 
-/// How long a scrape takes, from the connect to the last byte.
+/// How long a scrape takes, from the connect to the last byte. One that is dropped comes again, and its time counts on.
 fn scrape() -> Duration {
     let begun = Instant::now();
-    let mut connection = TcpStream::connect(DAEMON).expect("connected");
-    let request = b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n";
-    connection.write_all(request).expect("sent");
     let mut answer = String::new();
-    connection.read_to_string(&mut answer).expect("an answer");
+    while answer.is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "no answer");
+        let mut connection = TcpStream::connect(DAEMON).expect("connected");
+        let request = b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n";
+        let read = connection
+            .write_all(request)
+            .and_then(|()| connection.read_to_string(&mut answer));
+        if answer.is_empty() {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        } else {
+            read.expect("the whole answer");
+        }
+    }
     assert!(answer.starts_with("HTTP/1.0 200 "), "{answer:?}");
     assert!(answer.contains("\ntcpstate_sockets{state=\"listen\"} "));
     begun.elapsed()
@@ -54,7 +65,8 @@ fn scrapes_together(count: usize) -> Duration {
 fn must_be_quick(what: &str, round: impl Fn() -> Duration) {
     let mut rounds = [(); ROUNDS].map(|()| round());
     rounds.sort();
-    println!("the slowest scrape {what}, by round: {rounds:?}");
+    let dropped = DROPPED.swap(0, Ordering::Relaxed);
+    println!("the slowest scrape {what}, by round: {rounds:?}; {dropped} dropped");
     assert!(rounds[0] < QUICK, "{what}: {rounds:?}");
 }
 
