@@ -17,7 +17,7 @@ pub fn all() -> Result<()> {
     ];
     let binaries = build::tests("building the measurements", &release)?;
     let live = binaries.first().context("cargo built no live tests")?;
-    let mut command = test::program(live, &product)?;
+    let mut command = test::program(live, &product, &[])?;
     command
         .args(["--ignored", "--nocapture", "bench::"])
         .current_dir(&live.package);

@@ -15,6 +15,7 @@ mod imports;
 mod libtest;
 mod run;
 mod setup;
+mod soak;
 mod test;
 mod vm;
 
@@ -51,6 +52,12 @@ enum Command {
         #[arg(long, value_name = "S")]
         seconds: Option<u64>,
     },
+    /// Hold the daemon under random load, and measure whether it grows
+    Soak {
+        /// For so long
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        minutes: u64,
+    },
     /// Check format, lints, dependencies, imports and documentation
     Check,
     /// Run the live tests on Debian's kernels in QEMU; ends with `N passed, N failed`
@@ -85,6 +92,7 @@ fn main() -> ExitCode {
             };
             fuzz::campaign(target.as_deref(), &limits)
         }
+        Command::Soak { minutes } => soak::run(minutes),
         Command::Check => check::all(),
         Command::Vm {
             kernel,

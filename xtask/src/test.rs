@@ -27,7 +27,7 @@ pub fn all(filter: Option<&str>) -> Result<()> {
 
     let mut total = Total::default();
     for binary in &binaries {
-        let mut command = program(binary, &product)?;
+        let mut command = program(binary, &product, &[])?;
         command.args(filter).current_dir(&binary.package);
         total.add(&title(binary), &mut command)?;
     }
@@ -49,8 +49,12 @@ fn title(binary: &TestBinary) -> String {
     format!("{} of {}", binary.name, package.to_string_lossy())
 }
 
-/// The command that runs a test program: the live one as root, with the product's path.
-pub fn program(binary: &TestBinary, product: &Path) -> Result<Command> {
+/// The command that runs a test program: the live one as root, with the product's path, and what else it is to know.
+pub fn program(
+    binary: &TestBinary,
+    product: &Path,
+    variables: &[(&str, &OsStr)],
+) -> Result<Command> {
     let path = host::path_with_tools()?;
     if !is_live(binary) {
         let mut command = Command::new(&binary.path);
@@ -72,6 +76,11 @@ pub fn program(binary: &TestBinary, product: &Path) -> Result<Command> {
     command
         .arg(assignment("PATH", &path))
         .arg(assignment("TCPSTATE_BIN", product.as_os_str()))
+        .args(
+            variables
+                .iter()
+                .map(|(name, value)| assignment(name, value)),
+        )
         .arg(&binary.path)
         .arg(LIVE_THREADS);
     Ok(command)

@@ -3,18 +3,19 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use bytes::Bytes;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Semaphore;
 
 use super::clock;
 use super::list::{MOST_LISTS, batches};
+use super::pages::Pages;
 use super::tracer::{self, Tracer};
 use super::{attach, runtime, say, select, start};
 use crate::cli::Attach;
 use crate::config::DaemonConfig;
 use crate::export::http::{self, Backend, Limits, Listeners, Refusal, Subscribed, UnixSocket};
-use crate::export::process::ProcessReader;
-use crate::export::{log, prometheus};
+use crate::export::log;
 use crate::filter::{Inode, Selection, Subscription, covered};
 use crate::model::{NetnsSelection, Source, Start};
 
@@ -55,7 +56,7 @@ async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()
 
     let served = Served {
         tracer: tracer.clone(),
-        process: ProcessReader::new(),
+        pages: Pages::new(tracer.clone()),
         start: start(Source::Daemon, netns)?,
         list_places: Arc::new(Semaphore::new(MOST_LISTS)),
     };
@@ -92,7 +93,7 @@ async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()
 /// What HTTP answers with.
 struct Served {
     tracer: Tracer,
-    process: ProcessReader,
+    pages: Pages,
     /// As of the daemon's start.
     start: Start,
     list_places: Arc<Semaphore>,
@@ -119,16 +120,8 @@ impl Served {
 }
 
 impl Backend for Served {
-    async fn metrics(&self) -> Result<String, Refusal> {
-        let view = self.tracer.view().await;
-        let view = view.map_err(|error| Refusal::Busy(error.to_string()))?;
-        let build = prometheus::BuildInfo {
-            version: env!("CARGO_PKG_VERSION"),
-            revision: env!("TCPSTATE_REVISION"),
-            netns: self.tracer.netns(),
-        };
-        prometheus::page(&view, &self.process.read(), &build)
-            .map_err(|error| Refusal::Busy(format!("the page can't be made: {error}")))
+    async fn metrics(&self) -> Result<Bytes, Refusal> {
+        self.pages.page().await
     }
 
     fn is_ready(&self) -> bool {

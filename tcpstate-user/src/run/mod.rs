@@ -6,6 +6,7 @@ mod check;
 mod clock;
 mod daemon;
 mod list;
+mod pages;
 mod proof;
 mod streams;
 mod tracer;

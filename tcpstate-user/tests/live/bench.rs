@@ -5,12 +5,10 @@ use std::collections::HashSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::fd::{AsFd as _, BorrowedFd, IntoRawFd as _};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use tcpstate_user::kernel::{Netns, Options, RingSize, Session, snapshot};
 use tcpstate_user::model::{NetnsSelection, TcpState};
@@ -18,8 +16,8 @@ use tcpstate_user::owner::{Swept, by_iterator, by_proc};
 use tcpstate_user::table::{Identity, Snapshot, StateMask};
 
 use crate::daemon::{Daemon, in_namespace};
-use crate::sockets::Tcp;
-use crate::sys::{self, Fork};
+use crate::sockets::{Tcp, held};
+use crate::sys::Fork;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Of processes: one alone may not have as many descriptors everywhere.
@@ -27,7 +25,6 @@ const PAIRS: usize = 4;
 const CONNECTIONS: usize = 50_000 / PAIRS;
 /// After one that does not count.
 const ROUNDS: usize = 9;
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// How long something took, in milliseconds, once a round.
 #[derive(Default)]
@@ -99,46 +96,6 @@ fn print_machine() {
     );
 }
 
-/// Processes that hold both ends of 50,000 connections; killed at the end.
-fn hold_sockets() -> Vec<Fork> {
-    let (ready, tell) = sys::pipe().expect("a pipe");
-    let process = |keep: &[BorrowedFd<'_>], open: &dyn Fn() -> Tcp| {
-        let process = Fork::new(&[keep, &[tell.as_fd()]].concat(), || {
-            let limit = getrlimit(Resource::Nofile);
-            let most = Rlimit {
-                current: limit.maximum,
-                ..limit
-            };
-            setrlimit(Resource::Nofile, most).expect("no more than is allowed");
-            for _ in 0..CONNECTIONS {
-                let _ = open().fd.into_raw_fd();
-            }
-            rustix::io::write(&tell, b"!").expect("somebody reads");
-            loop {
-                // SAFETY: waits for a signal.
-                unsafe { libc::pause() };
-            }
-        });
-        process.expect("a process")
-    };
-    let mut processes = Vec::new();
-    for _ in 0..PAIRS {
-        let listener = Tcp::listening(LOOPBACK, 64);
-        let address = listener.local();
-        processes.push(process(&[listener.fd.as_fd()], &|| listener.accept()));
-        processes.push(process(&[], &|| Tcp::connected(address)));
-    }
-    let over = Instant::now() + PATIENCE;
-    while rustix::io::ioctl_fionread(&ready).expect("a pipe") < processes.len() as u64 {
-        let ended = processes.iter().any(|process| process.ended().is_some());
-        let limit = getrlimit(Resource::Nofile);
-        assert!(!ended, "a process could not open its sockets: {limit:?}");
-        assert!(Instant::now() < over, "opening the sockets takes too long");
-        thread::sleep(Duration::from_millis(5));
-    }
-    processes
-}
-
 fn check_sweep(swept: &Swept, processes: &[Fork]) {
     for process in processes {
         let holder = swept
@@ -159,7 +116,7 @@ fn check_sweep(swept: &Swept, processes: &[Fork]) {
 fn snapshots_and_sweeps() {
     in_namespace(|inode| {
         print_machine();
-        let processes = hold_sockets();
+        let processes = held(PAIRS, CONNECTIONS);
         let options = Options {
             netns: Netns::Inode(inode),
             ring_size: RingSize::default(),
@@ -246,7 +203,7 @@ fn slowest<T>(over: &AtomicBool, mut work: impl FnMut() -> T) -> f64 {
 fn neither_snapshot_nor_sweep_stalls_lines_and_scrapes() {
     in_namespace(|_| {
         print_machine();
-        let _processes = hold_sockets();
+        let _processes = held(PAIRS, CONNECTIONS);
         let daemon = Daemon::start(&["--reconcile-interval", "1h"]);
         let mut stream = Stream::new(&daemon);
         let [
@@ -278,6 +235,9 @@ fn neither_snapshot_nor_sweep_stalls_lines_and_scrapes() {
         let metrics = daemon.metrics();
         assert_eq!(metrics.sum("tcpstate_events_lost_total"), 0.0);
         assert_eq!(metrics.sum("tcpstate_corrections_total"), 0.0);
+        let resident = metrics.get("process_resident_memory_bytes") / f64::from(1 << 20);
+        let sockets = metrics.get("tcpstate_table_entries");
+        println!("the daemon has {sockets} sockets in its table, {resident:.0} MiB resident");
         print_head();
         line.print("a line of the stream");
         busy_line.print("the slowest while the list is made");

@@ -37,12 +37,17 @@ impl Daemon {
     }
 
     pub fn tracing(netns: &str, arguments: &[&str]) -> Self {
+        Self::at("127.0.0.1:10975", netns, arguments)
+    }
+
+    /// Beside another.
+    pub fn at(address: &str, netns: &str, arguments: &[&str]) -> Self {
         let folder = TempDir::new().expect("a folder");
         let socket = folder.path().join("socket");
         let mut child = Command::new(product())
             .args(["daemon", "--netns", netns, "--socket"])
             .arg(&socket)
-            .args(["--web.listen-address", "127.0.0.1:10975"])
+            .args(["--web.listen-address", address])
             .args(arguments)
             .stderr(Stdio::piped())
             .spawn()
@@ -94,8 +99,13 @@ impl Daemon {
         Metrics(series.collect())
     }
 
-    fn pid(&self) -> u32 {
+    pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: sends a signal to a child that has not been waited for.
+        unsafe { libc::kill(self.pid() as i32, signal) };
     }
 }
 
@@ -530,8 +540,7 @@ fn nothing_is_left_after_the_end_nor_after_kill() {
             };
             assert!(kinds("prog_id") > 0 && kinds("map_id") > 0, "{objects:?}");
             assert!(objects.iter().all(|object| is_there(object)), "{objects:?}");
-            // SAFETY: sends a signal to a child that has not been waited for.
-            unsafe { libc::kill(daemon.pid() as i32, signal) };
+            daemon.signal(signal);
             let status = daemon.child.wait().expect("it ends");
             if signal == libc::SIGKILL {
                 assert!(!status.success());

@@ -27,6 +27,7 @@ mod driver;
 mod worker;
 
 use book::{Row, Rows, bounds, is_silent, row_of};
+pub use driver::Random;
 use driver::{What, World, plan};
 
 /// Seeds that failed once: what waits at a listener was told to be a process's that had left it.

@@ -1,5 +1,7 @@
 //! Network namespaces: which are found and entered, and what is said where one can't be.
 
+use std::collections::BTreeSet;
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr};
@@ -14,6 +16,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
+use rustix::net::Shutdown;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tempfile::TempDir;
 
@@ -182,6 +185,88 @@ fn a_namespace_that_nothing_leads_to_is_named() {
         drop(done);
         limit.join().expect("no panic");
         assert!(named, "{inode} was not named");
+    });
+}
+
+/// Its sockets by name, over all states.
+fn sockets_of(daemon: &Daemon, comm: &str) -> f64 {
+    let label = format!("tcpstate_process_sockets{{comm=\"{comm}\"");
+    let metrics = daemon.metrics();
+    let series = metrics
+        .0
+        .iter()
+        .filter(|(name, _)| name.starts_with(&label));
+    series.map(|(_, count)| count).sum()
+}
+
+/// A process of that name, in the calling thread's namespaces, that has 20 sockets and leaves 10 in TIME_WAIT.
+fn lives(name: &'static CStr) -> sys::Fork {
+    let process = sys::Fork::new(&[], || {
+        // SAFETY: the kernel reads a name that lives through the call.
+        unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+        let listener = Tcp::listening(LOOPBACK, 32);
+        let pair = || (Tcp::connected(listener.local()), listener.accept());
+        for _ in 0..10 {
+            let (client, server) = pair();
+            client.shutdown(Shutdown::Write);
+            server.peek();
+            drop(server);
+            drop(client);
+        }
+        let _pairs = [(); 9].map(|()| pair());
+        let _other = Tcp::listening(LOOPBACK, 1);
+        loop {
+            // SAFETY: waits for a signal.
+            unsafe { libc::pause() };
+        }
+    });
+    process.expect("a process")
+}
+
+/// With pid, network and cgroup namespaces of its own, as a container has; then its first process is killed, and with it
+/// all that it had.
+#[test]
+fn a_container_that_was_stopped_has_no_sockets() {
+    in_namespace(|_| {
+        let daemon = Daemon::tracing("all", &["--reconcile-interval", "500ms"]);
+        let inside = Inside::new();
+        let init = inside.run(|| {
+            let own = UnshareFlags::NEWPID | UnshareFlags::NEWCGROUP;
+            // SAFETY: what this thread starts from now on is concerned, and its view of cgroups.
+            unsafe { unshare_unsafe(own) }.expect("namespaces need root");
+            lives(c"contained")
+        });
+        until("its sockets are counted", || {
+            sockets_of(&daemon, "contained") == 30.0
+        });
+        drop(init);
+        drop(inside);
+        until("they are gone", || sockets_of(&daemon, "contained") == 0.0);
+    });
+}
+
+/// The kernel gives a new namespace the number of one that is gone: what is told is of the new one.
+#[test]
+fn a_namespace_with_the_inode_of_one_that_went_is_right() {
+    in_namespace(|_| {
+        let daemon = Daemon::tracing("all", &["--reconcile-interval", "500ms"]);
+        let mut inodes = BTreeSet::new();
+        let mut reused = false;
+        for _ in 0..20 {
+            let inside = Inside::new();
+            reused = !inodes.insert(inside.inode);
+            let process = inside.run(|| lives(c"inside"));
+            until("its sockets are counted, and no other", || {
+                sockets_of(&daemon, "inside") == 30.0
+            });
+            drop(process);
+            drop(inside);
+            if reused {
+                break;
+            }
+        }
+        assert!(reused, "the kernel gave {inodes:?}");
+        until("they are gone", || sockets_of(&daemon, "inside") == 0.0);
     });
 }
 

@@ -1,14 +1,18 @@
 //! TCP sockets by system calls, one each, so that a test says exactly what the kernel is to do.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd as _, OwnedFd};
-use std::time::Duration;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, IntoRawFd as _, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, ipproto, sockopt,
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::sys::{self, Fork};
 
 /// One socket; dropping it closes it.
 pub struct Tcp {
@@ -187,4 +191,44 @@ impl Pair {
             far,
         }
     }
+}
+
+/// Pairs of processes that hold both ends of so many connections each; killed at the end.
+pub fn held(pairs: usize, connections: usize) -> Vec<Fork> {
+    let (ready, tell) = sys::pipe().expect("a pipe");
+    let process = |keep: &[BorrowedFd<'_>], open: &dyn Fn() -> Tcp| {
+        let process = Fork::new(&[keep, &[tell.as_fd()]].concat(), || {
+            let limit = getrlimit(Resource::Nofile);
+            let most = Rlimit {
+                current: limit.maximum,
+                ..limit
+            };
+            setrlimit(Resource::Nofile, most).expect("no more than is allowed");
+            for _ in 0..connections {
+                let _ = open().fd.into_raw_fd();
+            }
+            rustix::io::write(&tell, b"!").expect("somebody reads");
+            loop {
+                // SAFETY: waits for a signal.
+                unsafe { libc::pause() };
+            }
+        });
+        process.expect("a process")
+    };
+    let mut processes = Vec::new();
+    for _ in 0..pairs {
+        let listener = Tcp::listening(Ipv4Addr::LOCALHOST.into(), 64);
+        let address = listener.local();
+        processes.push(process(&[listener.fd.as_fd()], &|| listener.accept()));
+        processes.push(process(&[], &|| Tcp::connected(address)));
+    }
+    let over = Instant::now() + Duration::from_secs(120);
+    while rustix::io::ioctl_fionread(&ready).expect("a pipe") < processes.len() as u64 {
+        let ended = processes.iter().any(|process| process.ended().is_some());
+        let limit = getrlimit(Resource::Nofile);
+        assert!(!ended, "a process could not open its sockets: {limit:?}");
+        assert!(Instant::now() < over, "opening the sockets takes too long");
+        thread::sleep(Duration::from_millis(5));
+    }
+    processes
 }

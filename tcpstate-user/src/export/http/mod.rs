@@ -14,7 +14,7 @@ mod unix;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{RawQuery, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
@@ -34,7 +34,7 @@ pub trait Backend: Send + Sync + 'static {
     ///
     /// # Errors
     /// There is none now.
-    fn metrics(&self) -> impl Future<Output = Result<String, Refusal>> + Send;
+    fn metrics(&self) -> impl Future<Output = Result<Bytes, Refusal>> + Send;
 
     /// The first snapshot is merged.
     fn is_ready(&self) -> bool;

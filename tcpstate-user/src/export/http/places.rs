@@ -1,5 +1,6 @@
 //! The places for connections. When all are taken, the connection that has waited longest for its request gives way,
-//! so that nobody is kept out by connections that ask for nothing.
+//! and each answer is its connection's last, so that nobody is kept out by connections that ask for nothing, or for one
+//! page after the other.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -97,6 +98,11 @@ impl Place {
         self.leave.notified().await;
     }
 
+    /// Others may want it as soon as the answer is made.
+    pub(super) fn is_scarce(&self) -> bool {
+        self.places.free.available_permits() == 0
+    }
+
     /// A request is there: it is safe until the answer is dropped.
     pub(super) fn answers(self: &Arc<Self>) -> Answering {
         self.stops_waiting();
@@ -133,6 +139,10 @@ impl Drop for Place {
 pub(super) struct Answering(Arc<Place>);
 
 impl Answering {
+    pub(super) fn place(&self) -> &Place {
+        &self.0
+    }
+
     pub(super) fn with(self, body: Body) -> Answer {
         Answer {
             body,

@@ -1,6 +1,7 @@
 //! Takes connections and keeps them in bounds: how many, how long a request may take to arrive, how long a reader may
 //! not read, how long the end may take.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::pin;
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::{HeaderValue, header};
 use axum::serve::Listener;
 use hyper::server::conn::http1;
 use hyper::service::{Service as _, service_fn};
@@ -24,7 +26,8 @@ use super::{Backend, UnixSocket, local, public};
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at a time: over all TCP addresses, and as many on the Unix socket, so that neither can shut out
-    /// the other. For a further one, the one gives way that has waited longest for its request.
+    /// the other. For a further one, the one gives way that has waited longest for its request; and where all places are
+    /// taken, an answer is its connection's last.
     pub connections: usize,
     /// From when a request may begin to the end of its header; ends an idle connection too.
     pub header: Duration,
@@ -179,9 +182,12 @@ async fn converse<I>(
         let answering = answered.answers();
         let answer = router.call(request);
         async move {
-            answer
-                .await
-                .map(|answer| answer.map(|body| answering.with(body)))
+            let mut answer = answer.await?;
+            if answering.place().is_scarce() {
+                let close = HeaderValue::from_static("close");
+                answer.headers_mut().insert(header::CONNECTION, close);
+            }
+            Ok::<_, Infallible>(answer.map(|body| answering.with(body)))
         }
     });
     let connection = http1::Builder::new()

@@ -46,8 +46,8 @@ fn line(count: u64) -> Line {
 }
 
 impl Backend for Fake {
-    async fn metrics(&self) -> Result<String, Refusal> {
-        Ok("up 1\n".to_owned())
+    async fn metrics(&self) -> Result<Bytes, Refusal> {
+        Ok(Bytes::from_static(b"up 1\n"))
     }
 
     fn is_ready(&self) -> bool {
@@ -363,7 +363,7 @@ async fn a_request_that_comes_a_byte_at_a_time_is_cut_off() {
 #[tokio::test]
 async fn who_waits_longest_for_a_request_gives_way() {
     let limits = Limits {
-        connections: 2,
+        connections: 3,
         header: Duration::from_secs(60),
         ..Limits::default()
     };
@@ -375,6 +375,7 @@ async fn who_waits_longest_for_a_request_gives_way() {
     answered.write_all(request).await.unwrap();
     answered.read_exact(&mut answer).await.unwrap();
     assert_eq!(&answer, b"HTTP/1.1 200");
+    let _last = served.tcp().await;
     // The answer's end comes to be known behind its last byte.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(body(&served.get("/metrics").await), "up 1\n");
@@ -407,6 +408,29 @@ async fn who_is_being_answered_does_not_give_way() {
     // The connection of a stream that has ended waits for its next request.
     drop(served.backend.take_reader());
     assert_eq!(body(&third.await), "up 1\n");
+}
+
+/// Who asks for one page after the other makes room for others.
+#[tokio::test]
+async fn where_all_places_are_taken_an_answer_is_the_last() {
+    let limits = Limits {
+        connections: 2,
+        ..Limits::default()
+    };
+    let served = Served::new(limits).await;
+    let requests = b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(10);
+    let answers = async |client: &mut TcpStream| {
+        client.write_all(&requests).await.unwrap();
+        let mut text = Vec::new();
+        let read = timeout(Duration::from_millis(500), client.read_to_end(&mut text)).await;
+        let pages = String::from_utf8(text).unwrap().matches("up 1\n").count();
+        (pages, read.is_ok())
+    };
+    let mut alone = served.tcp().await;
+    assert_eq!(answers(&mut alone).await, (10, false));
+    let mut second = served.tcp().await;
+    assert_eq!(answers(&mut second).await, (1, true));
+    assert_eq!(answers(&mut alone).await, (10, false));
 }
 
 /// Clients that send a byte a second, and come again when they are dropped.

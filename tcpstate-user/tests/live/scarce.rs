@@ -1,0 +1,119 @@
+//! Where there is not enough: no room on the disk, no descriptors, no memory.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+use crate::daemon::{Daemon, LOOPBACK, in_namespace, refused, storm};
+use crate::faults::{gauges_of, kernels};
+use crate::lab::until;
+use crate::tracer::product;
+
+/// Where the disk is full that its lines go to.
+#[test]
+fn a_watch_that_can_not_write_says_so() {
+    in_namespace(|_| {
+        let full = OpenOptions::new().write(true).open("/dev/full");
+        let mut watch = Command::new(product());
+        watch.args(["watch", "--direct", "-q", "--netns", "self", "-o", "json"]);
+        let output = watch.stdout(full.expect("/dev/full")).output();
+        let output = output.expect("the product starts");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert_eq!(
+            said,
+            "tcpstate: error: can't write to stdout: No space left on device (os error 28)\n"
+        );
+    });
+}
+
+/// More connections than it may have descriptors: it goes on tracing, and answers again when they are gone.
+#[test]
+fn a_daemon_without_descriptors_goes_on() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&[]);
+        let pid = Pid::from_raw(daemon.pid() as i32);
+        let open = daemon.metrics().get("process_open_fds") as u64;
+        let limit = Rlimit {
+            current: Some(open + 20),
+            maximum: Some(open + 20),
+        };
+        prlimit(pid, Resource::Nofile, limit).expect("our child");
+        let before = daemon.metrics();
+        let address = SocketAddr::new(LOOPBACK, 10975);
+        let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(address)).collect();
+        let connections = storm(Duration::from_secs(2));
+        drop(silent);
+        until("it answers, and the gauges are the kernel's", || {
+            daemon.get("/-/ready").0 == 200 && gauges_of(&daemon) == kernels()
+        });
+        let after = daemon.metrics();
+        let grew = |metric: &str| after.sum(metric) - before.sum(metric);
+        assert!(grew("tcpstate_events_received_total") >= (6 * connections) as f64);
+        assert_eq!(grew("tcpstate_events_lost_total"), 0.0);
+    });
+}
+
+/// A memory cgroup; goes with this, when it is empty.
+struct MemoryCgroup(PathBuf);
+
+impl MemoryCgroup {
+    fn new(limit: &str) -> io::Result<Self> {
+        let name = format!("tcpstate-test-{}", std::process::id());
+        let [v1, v2] = ["/sys/fs/cgroup/memory", "/sys/fs/cgroup"].map(Path::new);
+        let (parent, file) = if v1.exists() {
+            (v1, "memory.limit_in_bytes")
+        } else {
+            fs::write(v2.join("cgroup.subtree_control"), "+memory")?;
+            (v2, "memory.max")
+        };
+        let group = Self(parent.join(name));
+        fs::create_dir(&group.0)?;
+        fs::write(group.0.join(file), limit)?;
+        Ok(group)
+    }
+
+    /// To write a 0 to, which has the writer moved there.
+    fn door(&self) -> io::Result<File> {
+        OpenOptions::new()
+            .write(true)
+            .open(self.0.join("cgroup.procs"))
+    }
+}
+
+impl Drop for MemoryCgroup {
+    fn drop(&mut self) {
+        until("the cgroup is empty", || fs::remove_dir(&self.0).is_ok());
+    }
+}
+
+#[test]
+fn a_memory_limit_that_is_too_low_is_told_at_the_start() {
+    in_namespace(|_| {
+        let group = MemoryCgroup::new("100M").expect("a memory cgroup needs root");
+        let door = group.door().expect("ours");
+        let mut watch = Command::new(product());
+        watch.args(["watch", "--direct", "--netns", "self", "-d", "100ms"]);
+        watch.args(["--ring-size", "256MiB"]);
+        // SAFETY: makes a system call only.
+        unsafe {
+            watch.pre_exec(move || {
+                rustix::io::write(&door, b"0")?;
+                Ok(())
+            });
+        }
+        let (status, said) = refused(&mut watch);
+        assert_eq!(status, 1, "{said}");
+        assert_eq!(
+            said,
+            "tcpstate: error: not enough memory for the ring of 268435456 bytes and the programs: the memory cgroup's \
+             limit, or the machine's memory, is used up; try a smaller --ring-size\n"
+        );
+    });
+}

@@ -1,0 +1,168 @@
+//! `cargo xtask soak`: a daemon under random load for as long as is asked, and whether it grows. Judges by the second
+//! quarter of the time and the last: what the first costs once is no growth.
+
+use std::collections::VecDeque;
+use std::ffi::CString;
+use std::io::Read as _;
+use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::net::Shutdown;
+
+use crate::daemon::{Daemon, LOOPBACK, in_namespace, storm};
+use crate::lab::kernel_hides;
+use crate::model::Random;
+use crate::sockets::{Tcp, connect_to_nobody};
+
+/// Connections that a worker holds at most.
+const HELD: usize = 500;
+const WORKERS: u64 = 3;
+/// 65,536 connections and more.
+const FILL: Duration = Duration::from_secs(20);
+const SAMPLE: Duration = Duration::from_secs(5);
+/// Of resident memory, in percent.
+const GROWTH: f64 = 2.0;
+
+/// One after the other, of every kind, by a process that changes its name now and then.
+fn work(seed: u64, over: &AtomicBool, connections: &AtomicU64) {
+    let mut random = Random(seed);
+    let mut pick = |of: u64| random.next() % of;
+    let listener = Tcp::listening(LOOPBACK, 64);
+    let mut held = VecDeque::new();
+    while !over.load(Ordering::Relaxed) {
+        let (client, server) = (Tcp::connected(listener.local()), listener.accept());
+        connections.fetch_add(1, Ordering::Relaxed);
+        match pick(8) {
+            0 | 1 => client.reset_on_close(),
+            2 => {
+                client.shutdown(Shutdown::Write);
+                server.peek();
+                drop(server);
+            }
+            3 => {
+                client.shutdown(Shutdown::Write);
+                held.push_back((client, server));
+            }
+            4 => held.push_back((client, server)),
+            5 => {
+                client.send();
+                drop(server);
+            }
+            6 => drop(connect_to_nobody(SocketAddr::new(LOOPBACK, 9))),
+            _ => {}
+        }
+        while held.len() as u64 > pick(HELD as u64) {
+            held.pop_front();
+        }
+        match pick(200) {
+            0 => {
+                let name = format!("soak {}", pick(1000));
+                let name = CString::new(name).expect("no zero");
+                // SAFETY: the kernel reads a name that lives through the call.
+                unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+            }
+            1..60 => thread::sleep(Duration::from_millis(pick(20))),
+            _ => {}
+        }
+    }
+}
+
+/// Readers that come and go, some of which stand still for a while.
+fn read(daemon: &Daemon, over: &AtomicBool) {
+    let mut random = Random(0);
+    let mut streams: VecDeque<UnixStream> = VecDeque::new();
+    while !over.load(Ordering::Relaxed) {
+        match random.next() % 4 {
+            0 => assert_eq!(daemon.get("/v1/sockets?state=close_wait").0, 200),
+            1 => streams.push_back(daemon.events("?to=close_wait")),
+            2 => streams.push_back(daemon.events("")),
+            _ => {
+                for stream in &mut streams {
+                    stream.set_nonblocking(true).expect("a socket");
+                    // As far as it goes.
+                    let _ = stream.read(&mut [0; 1 << 16]);
+                }
+            }
+        }
+        if streams.len() > 8 {
+            streams.pop_front();
+        }
+        thread::sleep(Duration::from_millis(500));
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Sample {
+    resident: f64,
+    files: f64,
+}
+
+fn mean(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
+    samples.iter().map(of).sum::<f64>() / samples.len() as f64
+}
+
+#[test]
+#[ignore = "takes as long as is asked"]
+fn a_daemon_under_random_load_does_not_grow() {
+    let minutes =
+        std::env::var("TCPSTATE_MINUTES").expect("TCPSTATE_MINUTES, as `cargo xtask soak` sets it");
+    let minutes: u64 = minutes.parse().expect("TCPSTATE_MINUTES is a number");
+    in_namespace(move |_| {
+        // TIME_WAIT must not use up the ports.
+        crate::sys::set_sysctl("net/ipv4/tcp_max_tw_buckets", "5000").expect("a sysctl");
+        let daemon = Daemon::start(&["--reconcile-interval", "5s"]);
+        // What is remembered of sockets that were closed is bounded (`Generations`), and full from here on.
+        let filled = thread::scope(|scope| scope.spawn(|| storm(FILL)).join());
+        let (over, connections) = (AtomicBool::new(false), AtomicU64::new(0));
+        let mut samples = Vec::new();
+        thread::scope(|scope| {
+            for seed in 0..WORKERS {
+                let (over, connections) = (&over, &connections);
+                scope.spawn(move || work(seed, over, connections));
+            }
+            scope.spawn(|| read(&daemon, &over));
+            let end = Instant::now() + Duration::from_secs(60 * minutes);
+            while Instant::now() < end {
+                thread::sleep(SAMPLE);
+                let metrics = daemon.metrics();
+                samples.push(Sample {
+                    resident: metrics.get("process_resident_memory_bytes"),
+                    files: metrics.get("process_open_fds"),
+                });
+            }
+            over.store(true, Ordering::Relaxed);
+        });
+        let quarter = samples.len() / 4;
+        let [second, last] = [&samples[quarter..2 * quarter], &samples[3 * quarter..]];
+        let resident = [second, last].map(|samples| mean(samples, |sample| sample.resident));
+        let files = [second, last].map(|samples| mean(samples, |sample| sample.files));
+        let grown = (resident[1] / resident[0] - 1.0) * 100.0;
+        let metrics = daemon.metrics();
+        let lost = metrics.sum("tcpstate_events_lost_total");
+        let corrections = metrics.sum("tcpstate_corrections_total");
+        let eighths = samples.chunks(samples.len().div_ceil(8));
+        let trend = eighths.map(|some| mean(some, |sample| sample.resident) / f64::from(1 << 20));
+        let trend: Vec<String> = trend.map(|mib| format!("{mib:.1}")).collect();
+        println!("resident memory, MiB, by eighths: {}", trend.join(" "));
+        println!(
+            "{minutes} minutes, {} connections, {} transitions, {lost} lost, {corrections} corrected; resident memory \
+             {:.1} MiB in the second quarter, {:.1} MiB in the last ({grown:+.2} %); {:.1} files open, then {:.1}",
+            filled.expect("no panic") + connections.load(Ordering::Relaxed),
+            metrics.sum("tcpstate_kernel_transitions_total"),
+            resident[0] / f64::from(1 << 20),
+            resident[1] / f64::from(1 << 20),
+            files[0],
+            files[1],
+        );
+        assert!(grown < GROWTH, "resident memory grew");
+        assert!(files[1] < files[0] + 5.0, "descriptors leak");
+        // What was lost, or hidden by the kernel, has to be corrected.
+        assert!(
+            corrections == 0.0 || lost > 0.0 || kernel_hides(),
+            "{corrections} corrections"
+        );
+    });
+}
