@@ -91,8 +91,8 @@ impl Fake {
 }
 
 impl Backend for Fake {
-    async fn metrics(&self) -> Result<String, Refusal> {
-        Ok("up 1\n".to_owned())
+    async fn metrics(&self) -> Result<Bytes, Refusal> {
+        Ok(Bytes::from_static(b"up 1\n"))
     }
 
     fn is_ready(&self) -> bool {
