@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use rustix::net::Shutdown;
 
 use crate::lab::{
-    Attach, Lab, child, client, closed, listener, proc_states, unbound_client, until,
+    Lab, child, client, closed, listener, not_applicable, proc_states, unbound_client, until,
 };
 use crate::six;
 use crate::sockets::{Pair, Tcp};
 use crate::sys::{self, Fork, Neighbor};
+use crate::without::WHOLE;
 
 const FIN_WAIT2: u8 = 5;
 
@@ -23,12 +24,14 @@ macro_rules! in_labs {
     ($($name:ident: $scenario:path;)+) => {
         $(#[test]
         fn $name() {
-            Lab::run(Attach::Best, $scenario);
+            Lab::run(WHOLE, $scenario);
         })+
     };
 }
 
 in_labs! {
+    nothing_happens: nothing;
+    six_sequences: six::all;
     a_closed_port_refuses: six::closed_port;
     a_syn_that_is_never_answered_times_out: syn_dropped;
     a_host_that_is_not_there_is_unreachable: unreachable;
@@ -53,6 +56,8 @@ in_labs! {
     a_socket_is_connected_again: reconnect;
     ipv4_peers_of_a_dual_stack_socket_show_as_ipv4: dual_stack;
 }
+
+fn nothing(_: &mut Lab) {}
 
 fn syn_dropped(lab: &mut Lab) {
     let addresses = [Ipv4Addr::new(192, 0, 2, 1).into(), sys::v6(1)];
@@ -441,6 +446,7 @@ fn ended_from_outside(lab: &mut Lab) {
                 !has_inet_diag_destroy(),
                 "the kernel has CONFIG_INET_DIAG_DESTROY"
             );
+            not_applicable("the kernel has no CONFIG_INET_DIAG_DESTROY");
             lab.expect([
                 listener(far, "CLOSE LISTEN"),
                 client(near, far, "CLOSE SYN_SENT ESTABLISHED"),
