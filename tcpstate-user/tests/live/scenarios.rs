@@ -7,11 +7,12 @@ use std::os::fd::AsFd as _;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::net::Shutdown;
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
 
 use crate::lab::{
     Lab, child, client, closed, listener, not_applicable, proc_states, unbound_client, until,
 };
+use crate::owners::{receive_fd, send_fd};
 use crate::six;
 use crate::sockets::{Pair, Tcp};
 use crate::sys::{self, Fork, Neighbor};
@@ -303,13 +304,23 @@ pub fn killed_server(lab: &mut Lab) {
 
 fn two_holders(lab: &mut Lab) {
     for ip in lab.addresses() {
-        let pair = Pair::new(ip);
-        let (near, far) = (pair.near, pair.far);
         let (until_told, tell) = sys::pipe().expect("a pipe");
-        let holder = Fork::new(&[until_told.as_fd(), pair.client.fd.as_fd()], || {
+        let (there, here) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .expect("a socket pair");
+        // It is there before the sockets: else it had them all for an instant, in which a sweep could meet it.
+        let holder = Fork::new(&[until_told.as_fd(), here.as_fd()], || {
+            let _socket = receive_fd(&here);
             let _ = rustix::io::read(&until_told, &mut [0]);
         })
         .expect("a process");
+        let pair = Pair::new(ip);
+        let (near, far) = (pair.near, pair.far);
+        send_fd(&there, pair.client.fd.as_fd()).expect("it listens");
         drop(pair.client);
         lab.settle();
         assert_eq!(
