@@ -21,7 +21,7 @@ use rustix::process::{Pid, Signal, getpid, kill_process};
 use serde_json::Value;
 
 use crate::daemon::{Daemon, Metrics, in_namespace};
-use crate::lab::{until, until_within};
+use crate::lab::{TWO_SWEEPS, until, until_within};
 use crate::sockets::Tcp;
 use crate::sys::{self, Fork};
 use crate::without::{CLASSIC, WHOLE, knows_holders};
@@ -578,14 +578,16 @@ fn run(without: &str) -> bool {
         if end == End::WorkerKilled {
             // Those take the long ones along.
             let open = f64::from(long * CLIENTS);
-            // After a sweep there is none for fifty times as long as it took.
-            let patience = Duration::from_secs(90);
-            until_within(patience, "all long connections are their holders'", || {
-                let metrics = daemon.metrics();
-                // Whose an accepted one is a sweep may have to find.
-                let accepted = !sweeps || open_by(&metrics, "worker-") == open;
-                accepted && open_by(&metrics, "long-") == open
-            });
+            until_within(
+                TWO_SWEEPS,
+                "all long connections are their holders'",
+                || {
+                    let metrics = daemon.metrics();
+                    // Whose an accepted one is a sweep may have to find.
+                    let accepted = !sweeps || open_by(&metrics, "worker-") == open;
+                    accepted && open_by(&metrics, "long-") == open
+                },
+            );
             go = None;
         }
         let first = FIRST_SHORT + end as u16 * PORTS_OF_AN_END;

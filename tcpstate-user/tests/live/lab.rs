@@ -355,6 +355,9 @@ pub fn until(what: &str, condition: impl FnMut() -> bool) {
     until_within(Duration::from_secs(20), what, condition);
 }
 
+/// After a sweep there is none for fifty times as long as it took: a second or more where it reads `/proc` of a slow machine.
+pub const TWO_SWEEPS: Duration = Duration::from_secs(120);
+
 pub fn until_within(patience: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + patience;
     while !condition() {

@@ -18,7 +18,7 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tempfile::TempDir;
 
 use crate::daemon::{Daemon, in_namespace, refused};
-use crate::lab::{proc_states, until};
+use crate::lab::{TWO_SWEEPS, proc_states, until, until_within};
 use crate::sockets::{Tcp, connect_to_nobody};
 use crate::sys;
 use crate::tracer::{Tracer, product};
@@ -122,9 +122,8 @@ fn all_namespaces(without: &'static str) {
         // A thread of who is known to own a socket there leads to the namespace. The kernel's iterator finds the holders of
         // any; in `/proc` only those of sockets that were dumped are known, and then an event has to tell of an owner.
         let _told = (!daemon.metrics().uses("task_file_iter")).then(|| visited.listen(1));
-        until("the namespace that only a thread is in is found", || {
-            (700.0..800.0).contains(&ours())
-        });
+        let what = "the namespace that only a thread is in is found";
+        until_within(TWO_SWEEPS, what, || (700.0..800.0).contains(&ours()));
         thread::sleep(Duration::from_millis(500));
         assert!(ours() >= 700.0, "what was found stays");
         drop(sockets);
