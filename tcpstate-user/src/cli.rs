@@ -17,7 +17,7 @@ use crate::export::Format;
 use crate::export::check::ReportFormat;
 use crate::filter::{Filter, ListFilter, Netns, ValueError};
 use crate::kernel::RingSize;
-use crate::model::named;
+use crate::model::view::Feature;
 
 /// Far more than all settings take, in bytes.
 const LONGEST_CONFIG: u64 = 1 << 20;
@@ -126,8 +126,8 @@ pub struct Watch {
     #[arg(long, hide = true, default_value = "4MiB")]
     pub ring_size: RingSize,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub without: Without,
 
     #[command(
         flatten,
@@ -197,8 +197,8 @@ pub struct List {
     #[arg(long, value_name = "PATH")]
     pub socket: Option<PathBuf>,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub without: Without,
 
     #[command(
         flatten,
@@ -230,8 +230,8 @@ pub struct Daemon {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub without: Without,
 
     #[command(flatten)]
     settings: Settings,
@@ -272,8 +272,8 @@ pub struct Check {
     #[arg(long, value_name = "all|self|INODE", default_value = "all")]
     pub netns: Netns,
 
-    #[arg(long, hide = true)]
-    pub attach: Option<Attach>,
+    #[command(flatten)]
+    pub without: Without,
 }
 
 fn read(path: &Path) -> anyhow::Result<Settings> {
@@ -296,13 +296,18 @@ fn read(path: &Path) -> anyhow::Result<Settings> {
     Settings::from_toml(&text).map_err(|error| anyhow!("config file {shown}: {error}"))
 }
 
-named! {
-    /// How to attach to the kernel; for tests of what an older kernel would make necessary.
-    pub enum Attach ("way to attach") {
-        TpBtf = "tp_btf",
-        TpBtfNoCookie = "tp_btf_no_cookie",
-        Tracepoint = "tracepoint",
-    }
+/// For tests of what other kernels make necessary.
+#[derive(Args, Debug)]
+pub struct Without {
+    /// What the kernel is taken to lack
+    #[arg(
+        id = "without",
+        long = "without",
+        hide = true,
+        value_name = "FEATURE",
+        value_delimiter = ','
+    )]
+    pub features: Vec<Feature>,
 }
 
 #[cfg(test)]
@@ -319,7 +324,7 @@ mod tests {
     #[test]
     fn what_is_given_arrives() {
         let args = "tcpstate watch -o wide -c 3 -d 1.5s --raw -n --utc -q --netns self --direct -s estab \
-                    --ring-size 64KiB --attach tracepoint";
+                    --ring-size 64KiB --without tp_btf,tcp_iter";
         let Command::Watch(watch) = Cli::parse_from(args.split_whitespace()).command else {
             panic!("not watch");
         };
@@ -329,6 +334,6 @@ mod tests {
         assert!(watch.raw && watch.utc && watch.quiet && watch.direct);
         assert_eq!(watch.netns, Netns::Own);
         assert_eq!(watch.ring_size.bytes(), 65536);
-        assert_eq!(watch.attach, Some(Attach::Tracepoint));
+        assert_eq!(watch.without.features, [Feature::TpBtf, Feature::TcpIter]);
     }
 }

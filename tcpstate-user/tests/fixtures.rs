@@ -1,5 +1,5 @@
 //! The table against the events of five kernels, recorded by `cargo xtask vm --record` and by the live test
-//! `vm::every_event_arrives` on the sixth: the same sockets did the same things on each, so the table must say the same.
+//! `record::every_event_arrives` on the sixth: the same sockets did the same things on each, so the table must say the same.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -8,7 +8,12 @@ pub enum Verdict {
     Failed,
     /// With the reason, if one was given.
     Ignored(String),
+    /// It ran, and found that the kernel has not what it is about: why.
+    NotApplicable(String),
 }
+
+/// How a test says that it can't tell anything here. Shown of a test that passed only with `--show-output`.
+const NOT_APPLICABLE: &str = "not applicable: ";
 
 /// What one test program, or several in a row, printed.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -45,6 +50,8 @@ impl Report {
         let mut report = Self::default();
         // A test whose verdict was pushed to a later line by something that wrote past the harness.
         let mut open: Option<String> = None;
+        // Whose output the lines are.
+        let mut heard: Option<&str> = None;
         for line in output.lines().map(str::trim_end) {
             if let Some(result) = line.strip_prefix("test result: ") {
                 report.counted += Count {
@@ -52,7 +59,14 @@ impl Report {
                     failed: number_before(result, " failed"),
                 };
                 report.results += 1;
-                open = None;
+                (open, heard) = (None, None);
+            } else if let Some(name) = line
+                .strip_prefix("---- ")
+                .and_then(|test| test.strip_suffix(" stdout ----"))
+            {
+                heard = Some(name);
+            } else if let (Some(name), Some(reason)) = (heard, line.strip_prefix(NOT_APPLICABLE)) {
+                report.not_applicable(name, reason);
             } else if let Some((name, rest)) = line
                 .strip_prefix("test ")
                 .and_then(|test| test.split_once(" ... "))
@@ -75,12 +89,26 @@ impl Report {
         report
     }
 
+    fn not_applicable(&mut self, name: &str, reason: &str) {
+        let passed =
+            |(test, verdict): &&mut (String, Verdict)| test == name && *verdict == Verdict::Passed;
+        if let Some((_, verdict)) = self.tests.iter_mut().find(passed) {
+            *verdict = Verdict::NotApplicable(reason.to_owned());
+        }
+    }
+
     /// Passed and failed, given whether the program ended well. One that died, or that ended badly without a test to show
     /// for it, is a failure too: a result that is missing is no pass.
     pub fn count(&self, ended_well: bool) -> Count {
         let with = |verdict| self.tests.iter().filter(|(_, v)| *v == verdict).count() as u64;
         let mut count = if self.results > 0 {
-            self.counted
+            let elsewhere =
+                |(_, verdict): &&(String, Verdict)| matches!(verdict, Verdict::NotApplicable(_));
+            let others = self.tests.iter().filter(elsewhere).count() as u64;
+            Count {
+                passed: self.counted.passed - others,
+                ..self.counted
+            }
         } else {
             Count {
                 passed: with(Verdict::Passed),
@@ -215,6 +243,32 @@ test result: FAILED. 1 passed; 1 failed; 1 ignored; 0 measured; 4 filtered out; 
             report.count(false),
             Count {
                 passed: 2,
+                failed: 1
+            }
+        );
+    }
+
+    #[test]
+    fn a_test_that_does_not_apply_is_no_pass() {
+        let report = Report::read(
+            "test a ... ok\ntest b ... FAILED\ntest c ... ok\n\nsuccesses:\n\n---- a stdout ----\nlooking\n\
+             not applicable: no fentry\n\n\nsuccesses:\n    a\n    c\n\nfailures:\n\n---- b stdout ----\n\
+             not applicable: no fexit\nthread 'b' panicked\n\n\nfailures:\n    b\n\n\
+             test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out\n",
+        );
+        let reason = Verdict::NotApplicable("no fentry".to_owned());
+        assert_eq!(
+            report.tests,
+            [
+                test("a", reason),
+                test("b", Verdict::Failed),
+                test("c", Verdict::Passed)
+            ]
+        );
+        assert_eq!(
+            report.count(false),
+            Count {
+                passed: 1,
                 failed: 1
             }
         );

@@ -66,8 +66,11 @@ enum Command {
         #[arg(long, value_name = "SERIES", value_delimiter = ',')]
         kernel: Vec<vm::Series>,
         /// Run only the live tests whose name contains this
-        #[arg(long, value_name = "NAME", default_value = "vm::")]
+        #[arg(long, value_name = "NAME", default_value = "")]
         test: String,
+        /// Run random campaigns at their full length, and every fallback on each kernel: takes hours
+        #[arg(long)]
+        whole: bool,
         /// Keep the events of each kernel as the fixtures of the table's tests
         #[arg(long)]
         record: bool,
@@ -97,8 +100,14 @@ fn main() -> ExitCode {
         Command::Vm {
             kernel,
             test,
+            whole,
             record,
-        } => vm::lab(&kernel, &test, record),
+        } => vm::lab(&vm::Wanted {
+            series: kernel,
+            filter: test,
+            whole,
+            record,
+        }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -14,8 +14,8 @@ use crate::{host, setup};
 
 /// The integration test of tcpstate-user that loads eBPF into the running kernel.
 pub const LIVE: &str = "live";
-/// Live tests measure the kernel they share.
-pub const LIVE_THREADS: &str = "--test-threads=1";
+/// Live tests measure the kernel they share, and say where they don't apply.
+pub const LIVE_ARGUMENTS: [&str; 2] = ["--test-threads=1", "--show-output"];
 
 pub fn all(filter: Option<&str>) -> Result<()> {
     setup::for_test()?;
@@ -82,7 +82,7 @@ pub fn program(
                 .map(|(name, value)| assignment(name, value)),
         )
         .arg(&binary.path)
-        .arg(LIVE_THREADS);
+        .args(LIVE_ARGUMENTS);
     Ok(command)
 }
 
@@ -98,6 +98,7 @@ struct Total {
     count: Count,
     failed: Vec<String>,
     ignored: Vec<String>,
+    not_applicable: Vec<String>,
 }
 
 impl Total {
@@ -133,6 +134,10 @@ impl Total {
                 Verdict::Passed => {}
                 Verdict::Failed => self.failed.push(format!("{title}: {name}")),
                 Verdict::Ignored(reason) => self.ignored.push(format!("{title}: {name} {reason}")),
+                Verdict::NotApplicable(reason) => {
+                    self.not_applicable
+                        .push(format!("{title}: {name}: {reason}"));
+                }
             }
         }
         Ok(())
@@ -142,6 +147,9 @@ impl Total {
         println!();
         for test in &self.ignored {
             println!("ignored: {}", test.trim_end());
+        }
+        for test in &self.not_applicable {
+            println!("not applicable: {test}");
         }
         for test in &self.failed {
             println!("failed: {test}");

@@ -1,7 +1,8 @@
 //! `cargo xtask vm`: the live tests on other kernels, which is where half of the traps show. This file chooses the kernels,
-//! keeps the machine busy, and says what came out; `kernel` gets one, `guest` boots it.
+//! keeps the machine busy, and says what came out; `kernel` gets one, `guest` boots it, `ways` and `table` read what it said,
+//! `page` keeps that for users.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,15 +10,29 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
-use crate::libtest::{Count, Report, Verdict};
-use crate::test::LIVE;
+use self::table::Table;
+use self::ways::Ways;
+use crate::libtest::{Count, Report};
+use crate::test::{LIVE, LIVE_ARGUMENTS};
 use crate::{build, host, setup};
 
 mod guest;
 mod kernel;
+mod page;
+mod table;
+mod ways;
 
-/// From boot to the harness' result line. Booting takes seconds even without KVM.
-const TIME_LIMIT: Duration = Duration::from_secs(480);
+/// From boot to the harness' result line, on an emulated machine that has half of two processors.
+const TIME_LIMIT: Duration = Duration::from_secs(2400);
+const TIME_LIMIT_WHOLE: Duration = Duration::from_secs(3 * 3600);
+/// What an emulated machine takes too long for, in part; `--whole` has it done whole.
+const PART: [&str; 3] = [
+    "TCPSTATE_SEEDS=3",
+    "TCPSTATE_CONNECTIONS=2000",
+    "TCPSTATE_STORM_SECONDS=2",
+];
+/// Names of the tests that do without what the kernel has begin so.
+const FALLBACKS: &str = "without::";
 
 /// A Debian release stands for the kernel series it had when this was written: what is booted is the newest it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -42,24 +57,34 @@ impl Series {
         }
     }
 
+    /// The newest that most hosts come to run: it has all that the others lack.
+    const fn tries_fallbacks(self) -> bool {
+        matches!(self, Self::V6_12)
+    }
+
     fn name(self) -> String {
         let value = self.to_possible_value().expect("no series is skipped");
         value.get_name().to_owned()
     }
 }
 
-/// What the guest carries beside the kernel: two static programs of ours, and which tests to run.
+/// What the guest carries beside the kernel: two static programs of ours, and what the second is to do, a variable or an
+/// argument a line.
 struct Payload<'a> {
-    product: PathBuf,
-    live: PathBuf,
-    filter: &'a str,
+    product: &'a Path,
+    live: &'a Path,
+    settings: String,
 }
 
 /// One kernel's run.
+#[derive(Default)]
 struct Run {
+    series: String,
     /// `uname -r` as the guest said it, or the series if it never got that far.
     kernel: String,
+    ways: Ways,
     report: Report,
+    tries_fallbacks: bool,
     /// Why there is no result of the harness, or why it can't be trusted.
     trouble: Option<String>,
     /// What the guest printed. Empty if it never ran.
@@ -72,18 +97,55 @@ impl Run {
     }
 }
 
-pub fn lab(wanted: &[Series], filter: &str, record: bool) -> Result<()> {
+/// What is asked for.
+pub struct Wanted {
+    /// Empty: all.
+    pub series: Vec<Series>,
+    /// In the tests' names. Empty: all.
+    pub filter: String,
+    pub whole: bool,
+    pub record: bool,
+}
+
+impl Wanted {
+    fn tries_fallbacks(&self, series: Series) -> bool {
+        self.whole || series.tries_fallbacks() || self.filter.starts_with(FALLBACKS)
+    }
+
+    fn settings(&self, series: Series) -> String {
+        let mut lines: Vec<&str> = LIVE_ARGUMENTS.to_vec();
+        if !self.whole {
+            lines.extend(PART);
+        }
+        if self.record {
+            lines.push("TCPSTATE_RECORD=/tmp/events");
+        }
+        if !self.tries_fallbacks(series) {
+            lines.extend(["--skip", FALLBACKS]);
+        }
+        if !self.filter.is_empty() {
+            lines.push(&self.filter);
+        }
+        lines.join("\n") + "\n"
+    }
+
+    const fn limit(&self) -> Duration {
+        if self.whole {
+            TIME_LIMIT_WHOLE
+        } else {
+            TIME_LIMIT
+        }
+    }
+}
+
+pub fn lab(wanted: &Wanted) -> Result<()> {
     setup::for_vm()?;
     let series: Vec<Series> = Series::value_variants()
         .iter()
         .copied()
-        .filter(|series| wanted.is_empty() || wanted.contains(series))
+        .filter(|series| wanted.series.is_empty() || wanted.series.contains(series))
         .collect();
-    let payload = Payload {
-        product: build::static_release()?,
-        live: live_tests()?,
-        filter,
-    };
+    let (product, live) = (build::static_release()?, live_tests()?);
     let accelerator = guest::accelerator()?;
     host::say(&format!(
         "booting {} kernels in QEMU with {accelerator}",
@@ -103,7 +165,14 @@ pub fn lab(wanted: &[Series], filter: &str, record: bool) -> Result<()> {
                     else {
                         return;
                     };
-                    let run = one(series, &payload, accelerator);
+                    let payload = Payload {
+                        product: &product,
+                        live: &live,
+                        settings: wanted.settings(series),
+                    };
+                    let mut run = one(series, &payload, accelerator, wanted.limit());
+                    run.series = series.name();
+                    run.tries_fallbacks = wanted.tries_fallbacks(series);
                     done.lock().expect("no worker panics").push((place, run));
                 }
             });
@@ -111,17 +180,21 @@ pub fn lab(wanted: &[Series], filter: &str, record: bool) -> Result<()> {
     });
     let mut runs = done.into_inner().expect("no worker panics");
     runs.sort_by_key(|(place, _)| *place);
-    if record {
-        for (place, run) in &runs {
-            keep_events(series[*place], run)?;
+    let runs: Vec<Run> = runs.into_iter().map(|(_, run)| run).collect();
+    if wanted.record {
+        for run in &runs {
+            keep_events(run)?;
         }
     }
-    let runs: Vec<Run> = runs.into_iter().map(|(_, run)| run).collect();
-    conclude(&runs)
+    conclude(&runs)?;
+    if wanted.series.is_empty() && wanted.filter.is_empty() {
+        page::keep(&runs)?;
+    }
+    Ok(())
 }
 
-/// Keeps what `vm::every_event_arrives` recorded.
-fn keep_events(series: Series, run: &Run) -> Result<()> {
+/// Keeps what `record::every_event_arrives` recorded.
+fn keep_events(run: &Run) -> Result<()> {
     let events: Vec<&str> = run
         .console
         .lines()
@@ -132,7 +205,7 @@ fn keep_events(series: Series, run: &Run) -> Result<()> {
     }
     let file = host::root().join(format!(
         "tcpstate-user/tests/fixtures/{}.events",
-        series.name()
+        run.series
     ));
     host::say(&format!("writing {}", file.display()));
     std::fs::write(&file, events.join("\n") + "\n")
@@ -160,15 +233,14 @@ fn live_tests() -> Result<PathBuf> {
     Ok(live.path)
 }
 
-fn one(series: Series, payload: &Payload<'_>, accelerator: &str) -> Run {
+fn one(series: Series, payload: &Payload<'_>, accelerator: &str, limit: Duration) -> Run {
     let start = Instant::now();
     let run = kernel::of_release(series.release())
-        .and_then(|kernel| guest::run(&kernel, payload, accelerator, TIME_LIMIT))
+        .and_then(|kernel| guest::run(&kernel, payload, accelerator, limit))
         .unwrap_or_else(|error| Run {
             kernel: series.name(),
-            report: Report::default(),
             trouble: Some(format!("{error:#}")),
-            console: String::new(),
+            ..Run::default()
         });
     if run.trouble.is_none() && !run.kernel.starts_with(&format!("{}.", series.name())) {
         host::say(&format!(
@@ -191,15 +263,25 @@ fn conclude(runs: &[Run]) -> Result<()> {
     for run in runs.iter().filter(|run| run.count().failed > 0) {
         println!("\nconsole of kernel {}:\n{}", run.kernel, run.console);
     }
-    println!("\n{}", table(runs));
+    let kernels: Vec<String> = runs.iter().map(|run| run.kernel.clone()).collect();
+    println!("\n{}", Table::of_ways(runs, kernels.clone()).text());
+    for run in runs {
+        for lack in run.ways.missing() {
+            println!("{} lacks {}: {}", run.kernel, lack.feature, lack.reason);
+        }
+    }
+    let mut tests = Table::of_tests(runs, kernels);
+    tests.row(
+        "result",
+        runs.iter().map(|run| {
+            let sound = run.trouble.is_none() && run.count().failed == 0;
+            if sound { "pass" } else { "FAIL" }
+        }),
+    );
+    println!("\n{}", tests.text());
     let mut total = Count::default();
     for run in runs {
         total += run.count();
-        for (name, verdict) in &run.report.tests {
-            if let Verdict::Ignored(reason) = verdict {
-                println!("ignored on {}: {name} {reason}", run.kernel);
-            }
-        }
         if let Some(trouble) = &run.trouble {
             println!("kernel {}: {trouble}", run.kernel);
         }
@@ -211,94 +293,33 @@ fn conclude(runs: &[Run]) -> Result<()> {
     Ok(())
 }
 
-/// Kernels across, tests down.
-fn table(runs: &[Run]) -> String {
-    let mut names: Vec<&str> = Vec::new();
-    for (name, _) in runs.iter().flat_map(|run| &run.report.tests) {
-        if !names.contains(&name.as_str()) {
-            names.push(name);
-        }
-    }
-    let first = names
-        .iter()
-        .map(|name| name.len())
-        .max()
-        .unwrap_or(0)
-        .max("result".len());
-    let mut table = String::new();
-    let mut line = |name: &str, cells: &mut dyn Iterator<Item = String>| {
-        table += &format!("{name:first$}");
-        for (run, cell) in runs.iter().zip(cells) {
-            table += &format!(
-                "  {cell:width$}",
-                width = run.kernel.len().max("ignored".len())
-            );
-        }
-        table.truncate(table.trim_end().len());
-        table.push('\n');
-    };
-    line("", &mut runs.iter().map(|run| run.kernel.clone()));
-    for name in names {
-        line(
-            name,
-            &mut runs.iter().map(|run| cell(&run.report, name).to_owned()),
-        );
-    }
-    line(
-        "result",
-        &mut runs.iter().map(|run| {
-            let sound = run.trouble.is_none() && run.count().failed == 0;
-            (if sound { "pass" } else { "FAIL" }).to_owned()
-        }),
-    );
-    table
-}
-
-fn cell(report: &Report, name: &str) -> &'static str {
-    match report.tests.iter().find(|(test, _)| test == name) {
-        Some((_, Verdict::Passed)) => "pass",
-        Some((_, Verdict::Failed)) => "FAIL",
-        Some((_, Verdict::Ignored(_))) => "ignored",
-        None => "no run",
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_table_shows_what_did_not_run() {
-        let runs = [
-            Run {
-                kernel: "5.10.0-36-amd64".to_owned(),
-                report: Report::read(
-                    "test vm::loads ... ok\ntest vm::closes ... FAILED\n\
-                     test result: FAILED. 1 passed; 1 failed; 0 ignored\n",
-                ),
-                trouble: None,
-                console: String::new(),
-            },
-            Run {
-                kernel: "7.2".to_owned(),
-                report: Report::read("test vm::loads ... ok\n"),
-                trouble: Some("it did not end within 300 s".to_owned()),
-                console: String::new(),
-            },
-        ];
-        let expected = [
-            "            5.10.0-36-amd64  7.2",
-            "vm::loads   pass             pass",
-            "vm::closes  FAIL             no run",
-            "result      FAIL             FAIL",
-        ];
-        assert_eq!(table(&runs).lines().collect::<Vec<_>>(), expected);
+    fn a_part_is_done_unless_all_is_asked_for() {
+        let mut wanted = Wanted {
+            series: Vec::new(),
+            filter: String::new(),
+            whole: false,
+            record: false,
+        };
+        let arguments = LIVE_ARGUMENTS.join("\n");
+        let part = PART.join("\n");
         assert_eq!(
-            runs[1].count(),
-            Count {
-                passed: 1,
-                failed: 1
-            }
+            wanted.settings(Series::V5_10),
+            format!("{arguments}\n{part}\n--skip\n{FALLBACKS}\n")
+        );
+        assert_eq!(
+            wanted.settings(Series::V6_12),
+            format!("{arguments}\n{part}\n")
+        );
+        wanted.whole = true;
+        wanted.filter = "daemon::".to_owned();
+        assert_eq!(
+            wanted.settings(Series::V5_10),
+            format!("{arguments}\ndaemon::\n")
         );
     }
 }

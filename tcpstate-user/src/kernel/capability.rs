@@ -26,10 +26,6 @@ pub enum StartError {
     #[error(transparent)]
     Tracepoint(#[from] TracepointError),
     #[error(
-        "the kernel has no BTF ({VMLINUX}), which {path} needs; CONFIG_DEBUG_INFO_BTF=y gives it"
-    )]
-    NoBtf { path: Path },
-    #[error(
         "one network namespace can't be chosen on the classic tracepoint, which doesn't show it; \
          use --netns all, or a kernel with BTF"
     )]

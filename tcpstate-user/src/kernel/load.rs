@@ -6,7 +6,6 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd as _, AsRawFd, BorrowedFd, RawFd},
-    str::FromStr,
 };
 
 use aya::{
@@ -51,8 +50,6 @@ pub enum Path {
 }
 
 impl Path {
-    const ALL: [Self; 3] = [Self::TpBtf, Self::TpBtfNoCookie, Self::Tracepoint];
-
     const fn name(self) -> &'static str {
         match self {
             Self::TpBtf => "tp_btf",
@@ -77,22 +74,6 @@ impl fmt::Display for Path {
     }
 }
 
-/// Not the name of a [`Path`].
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown attach path {0:?}; one of tp_btf, tp_btf_no_cookie, tracepoint")]
-pub struct UnknownPath(String);
-
-impl FromStr for Path {
-    type Err = UnknownPath;
-
-    fn from_str(name: &str) -> Result<Self, UnknownPath> {
-        Self::ALL
-            .into_iter()
-            .find(|path| path.name() == name)
-            .ok_or_else(|| UnknownPath(name.to_owned()))
-    }
-}
-
 /// Which network namespaces are traced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Netns {
@@ -101,12 +82,23 @@ pub enum Netns {
     Inode(u32),
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     pub netns: Netns,
     pub ring_size: RingSize,
-    /// Only this way, not the best that works.
-    pub path: Option<Path>,
+    /// What the kernel is taken to lack.
+    pub without: Vec<Feature>,
+}
+
+impl Options {
+    /// # Errors
+    /// It is not to be used.
+    fn may_use(&self, feature: Feature) -> Result<(), String> {
+        if self.without.contains(&feature) {
+            return Err("tcpstate was told to do without".to_owned());
+        }
+        Ok(())
+    }
 }
 
 /// A running trace. Nothing is pinned: with the session, or the process, all of it goes.
@@ -118,6 +110,7 @@ pub struct Session {
     acks: Array<MapData, u32>,
     /// The programs and their links.
     ebpf: Ebpf,
+    tp_btf: Result<(), String>,
     cookie: Result<(), String>,
     accept: Result<(), String>,
     sweep: Result<(), String>,
@@ -134,14 +127,16 @@ impl Session {
     /// [`StartError`]; nothing is attached then.
     pub fn start(options: &Options) -> Result<Self, StartError> {
         capability::lift_memlock();
-        let candidates = match options.path {
-            Some(path) => vec![path],
-            None if capability::has_btf() => vec![Path::TpBtf, Path::TpBtfNoCookie],
-            None => vec![Path::Tracepoint],
+        let candidates = if options.may_use(Feature::TpBtf).is_err() || !capability::has_btf() {
+            &[Path::Tracepoint][..]
+        } else if options.may_use(Feature::SocketCookie).is_err() {
+            &[Path::TpBtfNoCookie][..]
+        } else {
+            &[Path::TpBtf, Path::TpBtfNoCookie]
         };
         let mut last_refusal = None;
-        for path in candidates {
-            match Self::start_by(path, options.netns, options.ring_size.bytes()) {
+        for &path in candidates {
+            match Self::start_by(path, options) {
                 // The verifier names a helper that it does not have no other way than it names a mistake.
                 Err(error @ StartError::Verifier { .. }) => {
                     last_refusal = Some(error);
@@ -158,17 +153,15 @@ impl Session {
         Err(last_refusal.expect("there is a candidate, and it was refused"))
     }
 
-    fn start_by(path: Path, netns: Netns, ring_size: u32) -> Result<Self, StartError> {
-        let netns = match netns {
+    fn start_by(path: Path, options: &Options) -> Result<Self, StartError> {
+        let ring_size = options.ring_size.bytes();
+        let netns = match options.netns {
             Netns::All => 0,
             Netns::Inode(_) if path == Path::Tracepoint => return Err(StartError::NetnsUnknown),
             Netns::Inode(inode) => inode,
         };
         // Our own reading of BTF is over, and its memory free, before aya begins with its.
         let layout = match path {
-            Path::TpBtf | Path::TpBtfNoCookie if !capability::has_btf() => {
-                return Err(StartError::NoBtf { path });
-            }
             Path::TpBtf | Path::TpBtfNoCookie => btf::layout()?,
             Path::Tracepoint => {
                 tracepoint::check()?;
@@ -207,14 +200,27 @@ impl Session {
         attach(&mut ebpf, path, btf.as_ref())
             .map_err(|error| failed("attach the program")(&error))?;
         let arguments = layout.accept_arguments;
-        let accept = optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments);
-        let time_wait = optional::attach_time_wait(&mut ebpf, path, btf.as_ref());
-        let sweep = optional::load_sweep(&mut ebpf, path, btf.as_ref());
-        let sockets = optional::load_sockets(&mut ebpf, path, btf.as_ref(), layout.list);
+        let accept = options
+            .may_use(Feature::AcceptFexit)
+            .and_then(|()| optional::attach_accept(&mut ebpf, path, btf.as_ref(), arguments));
+        let time_wait = options
+            .may_use(Feature::TimeWaitFentry)
+            .and_then(|()| optional::attach_time_wait(&mut ebpf, path, btf.as_ref()));
+        let sweep = options
+            .may_use(Feature::TaskFileIter)
+            .and_then(|()| optional::load_sweep(&mut ebpf, path, btf.as_ref()));
+        let sockets = options
+            .may_use(Feature::TcpIter)
+            .and_then(|()| optional::load_sockets(&mut ebpf, path, btf.as_ref(), layout.list));
         let cookie = match path {
-            Path::TpBtf => Ok(()),
-            Path::TpBtfNoCookie => Err("not asked for".to_owned()),
+            Path::TpBtf | Path::TpBtfNoCookie => options.may_use(Feature::SocketCookie),
             Path::Tracepoint => Err("it needs BTF".to_owned()),
+        };
+        let tp_btf = match path {
+            Path::TpBtf | Path::TpBtfNoCookie => Ok(()),
+            Path::Tracepoint => options
+                .may_use(Feature::TpBtf)
+                .and_then(|()| Err("the kernel has no BTF".to_owned())),
         };
         drop(btf);
         let ring = take(&mut ebpf, "RING").map_err(|error| failed("map the ring")(&error))?;
@@ -233,6 +239,7 @@ impl Session {
             lost,
             acks,
             ebpf,
+            tp_btf,
             cookie,
             accept,
             sweep,
@@ -292,8 +299,7 @@ impl Session {
         let needed = |feature: &Feature| *feature != Feature::TcpIter || !self.cookies();
         Feature::ALL.iter().copied().filter(needed).map(|feature| {
             let in_use = match feature {
-                Feature::TpBtf if self.path == Path::Tracepoint => Err("the kernel has no BTF"),
-                Feature::TpBtf => Ok(()),
+                Feature::TpBtf => self.tp_btf.as_ref().copied().map_err(String::as_str),
                 Feature::SocketCookie => self.cookie.as_ref().copied().map_err(String::as_str),
                 Feature::AcceptFexit => self.accept(),
                 Feature::TimeWaitFentry => self.time_wait(),
@@ -435,21 +441,5 @@ fn give_back_memory() {
     // SAFETY: takes no pointer, and locks what it works on.
     unsafe {
         libc::malloc_trim(0);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_are_read_as_they_are_written() {
-        for path in Path::ALL {
-            assert_eq!(path.to_string().parse(), Ok(path));
-        }
-        assert_eq!(
-            "kprobe".parse::<Path>().unwrap_err().to_string(),
-            "unknown attach path \"kprobe\"; one of tp_btf, tp_btf_no_cookie, tracepoint"
-        );
     }
 }

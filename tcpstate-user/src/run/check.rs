@@ -51,7 +51,7 @@ fn report(args: &Check) -> anyhow::Result<Report> {
     {
         findings.push(tracefs());
     }
-    let (path, proof) = match proof::perform(args.attach) {
+    let (path, proof) = match proof::perform(args.without.features.clone()) {
         Ok(performed) => {
             let by = format!("by {}", performed.path);
             findings.push(finding(Subject::Tracing, Status::InUse, by));

@@ -12,20 +12,20 @@ use super::list::{MOST_LISTS, batches};
 use super::pages::Pages;
 use super::tracer::{self, Tracer};
 use super::{attach, runtime, say, select, start};
-use crate::cli::Attach;
 use crate::config::DaemonConfig;
 use crate::export::http::{self, Backend, Limits, Listeners, Refusal, Subscribed, UnixSocket};
 use crate::export::log;
 use crate::filter::{Inode, Selection, Subscription, covered};
+use crate::model::view::Feature;
 use crate::model::{NetnsSelection, Source, Start};
 
-pub fn run(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()> {
+pub fn run(config: &DaemonConfig, without: &[Feature]) -> anyhow::Result<()> {
     log::init(config.log_level, config.log_format)?;
     // Two: a page that takes long must not hold up the streams.
-    runtime(2)?.block_on(serve(config, path))
+    runtime(2)?.block_on(serve(config, without))
 }
 
-async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()> {
+async fn serve(config: &DaemonConfig, without: &[Feature]) -> anyhow::Result<()> {
     // What is likeliest to be refused comes first: nothing is attached then.
     let netns = select(config.netns)?;
     let mut tcp = Vec::new();
@@ -36,7 +36,7 @@ async fn serve(config: &DaemonConfig, path: Option<Attach>) -> anyhow::Result<()
     let mut interrupt = signal(SignalKind::interrupt()).context("can't wait for signals")?;
     let mut terminate = signal(SignalKind::terminate()).context("can't wait for signals")?;
 
-    let session = attach(netns, config.ring_size, path)?;
+    let session = attach(netns, config.ring_size, without)?;
     let path = session.path();
     let options = tracer::Options {
         netns,

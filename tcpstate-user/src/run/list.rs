@@ -263,7 +263,7 @@ async fn daemon(
 /// Traces until there is a list: a dump alone does not tell owners.
 async fn direct(args: &List) -> anyhow::Result<Vec<Line>> {
     let netns = select(args.netns)?;
-    let session = attach(netns, RingSize::default(), args.attach)?;
+    let session = attach(netns, RingSize::default(), &args.without.features)?;
     let path = session.path();
     let options = tracer::Options {
         netns,

@@ -24,10 +24,11 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 use tokio::runtime::Runtime;
 
-use crate::cli::{Attach, Cli, Command};
+use crate::cli::{Cli, Command};
 use crate::export::log::PROGRAM;
 use crate::filter::Netns;
 use crate::kernel::{self, RingSize, Session, netns};
+use crate::model::view::Feature;
 use crate::model::{NetnsSelection, Source, Start};
 use crate::owner;
 
@@ -51,7 +52,7 @@ pub fn run() -> ExitCode {
             return check::run(&check).unwrap_or_else(|error| fail(&error, ExitCode::FAILURE));
         }
         Command::Daemon(daemon) => match daemon.config() {
-            Ok(config) => daemon::run(&config, daemon.attach),
+            Ok(config) => daemon::run(&config, &daemon.without.features),
             // As wrong as a wrong flag.
             Err(error) => return fail(&error, BAD_USAGE.into()),
         },
@@ -141,7 +142,7 @@ fn select(netns: Netns) -> anyhow::Result<NetnsSelection> {
 fn attach(
     netns: NetnsSelection,
     ring_size: RingSize,
-    path: Option<Attach>,
+    without: &[Feature],
 ) -> anyhow::Result<Session> {
     let netns = match netns {
         NetnsSelection::All => kernel::Netns::All,
@@ -150,11 +151,7 @@ fn attach(
     Ok(Session::start(&kernel::Options {
         netns,
         ring_size,
-        path: path.map(|path| match path {
-            Attach::TpBtf => kernel::Path::TpBtf,
-            Attach::TpBtfNoCookie => kernel::Path::TpBtfNoCookie,
-            Attach::Tracepoint => kernel::Path::Tracepoint,
-        }),
+        without: without.to_vec(),
     })?)
 }
 

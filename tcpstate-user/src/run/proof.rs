@@ -15,7 +15,6 @@ use tokio::sync::mpsc;
 use super::attach;
 use super::streams::Batch;
 use super::tracer::{self, Tracer};
-use crate::cli::Attach;
 use crate::filter::{Filter, Subscription};
 use crate::kernel::{Path, RingSize, Session, StartError, netns};
 use crate::model::check::{Actor, Proof};
@@ -46,22 +45,23 @@ pub struct Performed {
 ///
 /// # Errors
 /// Tracing does not start.
-pub fn perform(way: Option<Attach>) -> anyhow::Result<Performed> {
+pub fn perform(without: Vec<Feature>) -> anyhow::Result<Performed> {
     thread::Builder::new()
         .name("proof".to_owned())
-        .spawn(move || perform_here(way))
+        .spawn(move || perform_here(&without))
         .context("can't start a thread")?
         .join()
         .map_err(|_| anyhow!("the proof's thread failed"))?
 }
 
-fn perform_here(way: Option<Attach>) -> anyhow::Result<Performed> {
+fn perform_here(without: &[Feature]) -> anyhow::Result<Performed> {
     let own_namespace = netns::enter_new();
     let inode = match own_namespace {
         Ok(inode) => inode,
         Err(_) => netns::own().context("can't tell the own network namespace")?,
     };
-    let attach = |netns| attach(netns, RingSize::default(), way).map(|session| (netns, session));
+    let attach =
+        |netns| attach(netns, RingSize::default(), without).map(|session| (netns, session));
     let attached = attach(NetnsSelection::One(inode));
     let (netns, session) = attached.or_else(|error| match error.downcast_ref() {
         Some(StartError::NetnsUnknown) => attach(NetnsSelection::All),

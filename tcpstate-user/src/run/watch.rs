@@ -274,7 +274,7 @@ fn daemon(
 /// Traces on its own.
 fn direct(args: &Watch, runtime: &Runtime) -> anyhow::Result<Feed> {
     let netns = select(args.netns)?;
-    let session = attach(netns, args.ring_size, args.attach)?;
+    let session = attach(netns, args.ring_size, &args.without.features)?;
     let path = session.path();
     let options = tracer::Options {
         netns,

@@ -120,7 +120,7 @@ fn snapshots_and_sweeps() {
         let options = Options {
             netns: Netns::Inode(inode),
             ring_size: RingSize::default(),
-            path: None,
+            without: Vec::new(),
         };
         let mut session = Session::start(&options).expect("the program loads");
         let dump = |states| {

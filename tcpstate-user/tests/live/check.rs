@@ -4,7 +4,6 @@ use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
 use std::process::Command;
 use std::thread;
 
@@ -15,6 +14,7 @@ use tempfile::TempDir;
 
 use crate::judge::kernel;
 use crate::tracer::product;
+use crate::without::{CLASSIC, WHOLE, flags};
 
 /// Each socket of the proof.
 const SOCKETS: [&str; 5] = [
@@ -104,24 +104,55 @@ impl Said {
     }
 }
 
-/// What is missing is what that kernel is known to lack, and no more.
-pub fn features_of_this_kernel() {
-    let said = Said::by(&mut Command::new(product()), &[]);
+/// What of the kernel's is missing, and why, where the product does without these.
+fn known_to_lack(without: &str) -> Vec<(&'static str, &'static str)> {
+    const TOLD: &str = "told to do without";
+    let told = |feature: &str| without.split(',').any(|it| it == feature);
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("/proc is mounted");
+    let btf = !told("tp_btf");
+    let cookie = btf && !told("socket_cookie") && kernel() >= (5, 12);
+    let because = |feature, reasons: &[(bool, &'static str)]| {
+        let told = [(told(feature), TOLD), (!btf, "it needs BTF")];
+        let mut all = told.iter().chain(reasons);
+        Some((feature, all.find(|(holds, _)| *holds)?.1))
+    };
     // Firecracker's kernel, where tcpstate is developed, refuses fexit and fentry.
-    let refuses_both = release.contains("-fc-");
-    let mut missing = Vec::new();
-    if kernel() < (5, 12) {
-        missing.push(("socket_cookie", "unknown func bpf_get_socket_cookie"));
-    }
-    if refuses_both {
-        missing.push(("accept_fexit", "Operation not permitted"));
-        missing.push(("time_wait_fentry", "Operation not permitted"));
-    }
-    if kernel() < (5, 12) {
-        missing.push(("time_wait_fentry", "it needs the socket cookie"));
-        missing.push(("task_file_iter", "it needs the socket cookie"));
-    }
+    let refused = (release.contains("-fc-"), "Operation not permitted");
+    let no_cookie = (!cookie, "it needs the socket cookie");
+    // Of the function behind accept; the program for kernels without cookies is for theirs.
+    let arguments = (!cookie && kernel() >= (6, 10), "has 2 arguments");
+    let all = [
+        because("tp_btf", &[]),
+        because(
+            "socket_cookie",
+            &[(!cookie, "unknown func bpf_get_socket_cookie")],
+        ),
+        because("accept_fexit", &[arguments, refused]),
+        because("time_wait_fentry", &[no_cookie, refused]),
+        because("task_file_iter", &[no_cookie]),
+        because("tcp_iter", &[]).filter(|_| !cookie),
+    ];
+    all.into_iter().flatten().collect()
+}
+
+/// What is missing is what that kernel is known to lack, and no more.
+#[test]
+fn what_this_kernel_has_is_told() {
+    features(WHOLE);
+}
+
+pub fn features(without: &'static str) {
+    in_thread(move || {
+        if without == CLASSIC {
+            crate::sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
+        }
+        told_of_features(without);
+    });
+}
+
+fn told_of_features(without: &str) {
+    let said = Said::by(&mut Command::new(product()), &flags(without));
+    let mut missing = known_to_lack(without);
     if let Err(error) = fs::metadata("/proc/1/ns/net") {
         missing.push(("network_namespaces", error.kind().to_string().leak()));
     }
@@ -134,7 +165,7 @@ pub fn features_of_this_kernel() {
         let told = told.to_lowercase();
         assert!(told.contains(&reason.to_lowercase()), "{name}: {told}");
     }
-    for name in ["tracing", "tp_btf", "inet_diag", "initial_pid_namespace"] {
+    for name in ["tracing", "inet_diag", "initial_pid_namespace"] {
         assert_eq!(said.feature(name).0, "in_use", "{name}");
     }
     let expected = if names.is_empty() {
@@ -144,21 +175,6 @@ pub fn features_of_this_kernel() {
     };
     assert_eq!((verdict, said.status), expected);
     said.assert_proven(Some(said.pid));
-}
-
-#[test]
-fn the_classic_tracepoint_is_proven_too() {
-    in_thread(|| {
-        // The machines of the lab have it.
-        if !Path::new("/sys/kernel/tracing/events").exists() {
-            crate::sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
-        }
-        let arguments = ["--attach", "tracepoint"];
-        let said = Said::by(&mut Command::new(product()), &arguments);
-        assert_eq!(said.feature("tp_btf").0, "missing");
-        assert_eq!(said.status, Some(3));
-        said.assert_proven(Some(said.pid));
-    });
 }
 
 #[test]

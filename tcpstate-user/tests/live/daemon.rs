@@ -16,10 +16,11 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::lab::until;
+use crate::lab::{not_applicable, until};
 use crate::sockets::Tcp;
 use crate::sys;
 use crate::tracer::product;
+use crate::without::{CLASSIC, WHOLE, flags};
 
 pub const LOOPBACK: std::net::IpAddr = std::net::IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -34,6 +35,13 @@ impl Daemon {
     /// Which sees only its own namespace.
     pub fn start(arguments: &[&str]) -> Self {
         Self::tracing("self", arguments)
+    }
+
+    /// Which does without these features of the kernel's.
+    pub fn without(features: &str, arguments: &[&str]) -> Self {
+        // The classic tracepoint tells no namespace.
+        let netns = if features == CLASSIC { "all" } else { "self" };
+        Self::tracing(netns, &[&flags(features), arguments].concat())
     }
 
     pub fn tracing(netns: &str, arguments: &[&str]) -> Self {
@@ -124,6 +132,11 @@ impl Metrics {
         *self.0.get(series).unwrap_or_else(|| panic!("no {series}"))
     }
 
+    /// Whether a feature that not every kernel has is in use.
+    pub fn uses(&self, feature: &str) -> bool {
+        self.get(&format!("tcpstate_kernel_feature{{feature=\"{feature}\"}}")) == 1.0
+    }
+
     pub fn has(&self, series: &str) -> bool {
         self.0.contains_key(series)
     }
@@ -188,7 +201,15 @@ fn every_transition_of_a_storm_is_counted_and_none_is_lost() {
         let expected = (6 * connections + 2) as f64;
         // Six each, and the listener's own two.
         assert_eq!(grew("tcpstate_kernel_transitions_total"), expected);
-        assert_eq!(grew("tcpstate_events_received_total"), expected);
+        let accepts = if after.uses("accept_fexit") {
+            connections
+        } else {
+            0
+        };
+        assert_eq!(
+            grew("tcpstate_events_received_total"),
+            expected + accepts as f64
+        );
         assert_eq!(grew("tcpstate_events_lost_total"), 0.0);
         assert_eq!(grew("tcpstate_connections_total"), (2 * connections) as f64);
         let end = |end: &str| {
@@ -219,7 +240,12 @@ fn what_a_full_ring_loses_is_counted_and_repaired() {
         let lost = metrics.get("tcpstate_events_lost_total{reason=\"ring_full\"}");
         let received = metrics.get("tcpstate_events_received_total");
         assert!(lost > 0.0, "a ring of a page held {received} events");
-        assert_eq!(counted, received + lost);
+        let accepts = if metrics.uses("accept_fexit") {
+            connections
+        } else {
+            0
+        };
+        assert_eq!(counted + accepts as f64, received + lost);
         // A full dump follows a loss, and what two of them lack is gone.
         until("the gauges are right again", || {
             let metrics = daemon.metrics();
@@ -256,7 +282,8 @@ impl Drop for BpfStats {
 }
 
 /// Each program that this kernel loads has its runs told, and no other.
-pub fn runs_of_programs_are_told() {
+#[test]
+fn runs_of_programs_are_told() {
     in_namespace(|_| {
         let daemon = Daemon::start(&[]);
         let runs = "tcpstate_ebpf_runs_total";
@@ -272,18 +299,16 @@ pub fn runs_of_programs_are_told() {
         drop(servers);
         assert_eq!(daemon.get("/v1/sockets").0, 200);
         let metrics = daemon.metrics();
-        let feature =
-            |name: &str| metrics.get(&format!("tcpstate_kernel_feature{{feature=\"{name}\"}}"));
         // Of the listener one transition, of each connection four or more on either side.
         for (program, loaded, least) in [
-            ("set_state", 1.0, 41.0),
-            ("accept", feature("accept_fexit"), 5.0),
-            ("time_wait", feature("time_wait_fentry"), 5.0),
-            ("sweep", feature("task_file_iter"), 1.0),
+            ("set_state", true, 41.0),
+            ("accept", metrics.uses("accept_fexit"), 5.0),
+            ("time_wait", metrics.uses("time_wait_fentry"), 5.0),
+            ("sweep", metrics.uses("task_file_iter"), 1.0),
         ] {
             let series = format!("{runs}{{program=\"{program}\"}}");
             let seconds = format!("tcpstate_ebpf_run_seconds_total{{program=\"{program}\"}}");
-            if loaded == 1.0 {
+            if loaded {
                 let told = metrics.get(&series);
                 assert!(told >= least, "{program}: {told} runs");
                 assert!(metrics.get(&seconds) > 0.0, "{program}: no time");
@@ -338,9 +363,14 @@ fn the_gauges_hold_under_churn() {
     });
 }
 
+#[test]
+fn sockets_that_are_alike_are_counted() {
+    sockets_that_are_alike(WHOLE);
+}
+
 /// Listeners that share a port, and connects that nobody answers: by their ends they can't be told from each other. Some
 /// were there before the daemon.
-pub fn sockets_that_are_alike(arguments: &'static [&'static str]) {
+pub fn sockets_that_are_alike(without: &'static str) {
     in_namespace(move |_| {
         let shared = Tcp::sharing(SocketAddr::new(LOOPBACK, 0));
         let full = Tcp::listening(LOOPBACK, 0);
@@ -353,7 +383,7 @@ pub fn sockets_that_are_alike(arguments: &'static [&'static str]) {
         let mut listeners = vec![shared];
         let mut connects = vec![connecting()];
         let every_second = ["--reconcile-interval", "1s"];
-        let daemon = Daemon::start(&[&every_second, arguments].concat());
+        let daemon = Daemon::without(without, &every_second);
         for _ in 0..2 {
             listeners.push(Tcp::sharing(listeners[0].local()));
             connects.push(connecting());
@@ -382,11 +412,6 @@ pub fn sockets_that_are_alike(arguments: &'static [&'static str]) {
         }
         drop(connected);
     });
-}
-
-#[test]
-fn sockets_that_are_alike_are_counted_without_cookies() {
-    sockets_that_are_alike(&["--attach", "tp_btf_no_cookie"]);
 }
 
 /// The daemon starts after them: it must find them all, and follow them from there.
@@ -595,9 +620,13 @@ fn a_line_comes_within_a_tenth_of_a_second() {
             delays
         });
         let nobody = SocketAddr::new(LOOPBACK, 9);
+        // A machine that others keep from running, as an emulated one, wakes any thread late, also the tracer's.
+        let mut late = Duration::ZERO;
         for _ in 0..200 {
             drop(Tcp::new(LOOPBACK).connect(nobody));
-            thread::sleep(Duration::from_millis(7));
+            let (pause, begun) = (Duration::from_millis(7), Instant::now());
+            thread::sleep(pause);
+            late = late.max(begun.elapsed() - pause);
         }
         thread::sleep(Duration::from_millis(200));
         // SAFETY: sends a signal to a child that has not been waited for.
@@ -607,8 +636,17 @@ fn a_line_comes_within_a_tenth_of_a_second() {
         assert_eq!(delays.len(), 400);
         delays.sort();
         let (p50, p99) = (delays[200], delays[396]);
-        println!("from the kernel to the line: p50 {p50:?}, p99 {p99:?}");
-        assert!(p99 < Duration::from_millis(100), "p99 {p99:?}");
+        println!(
+            "from the kernel to the line: p50 {p50:?}, p99 {p99:?}; a sleep was {late:?} late at most"
+        );
+        let limit = Duration::from_millis(100);
+        if p99 >= limit && late >= limit / 4 {
+            not_applicable(
+                "the machine itself wakes a thread a quarter of what is allowed too late",
+            );
+            return;
+        }
+        assert!(p99 < limit, "p99 {p99:?}, late {late:?}");
     });
 }
 

@@ -12,7 +12,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendFlags, Shutdown};
 use rustix::time::{ClockId, clock_getres};
 use tcpstate_user::kernel::snapshot::{self, SocketIterator};
-use tcpstate_user::kernel::{Netns, Options, Path, RingSize, Session};
+use tcpstate_user::kernel::{Netns, Options, RingSize, Session};
+use tcpstate_user::model::view::Feature;
 use tcpstate_user::model::{Endpoint, NetnsSelection, TcpState};
 use tcpstate_user::table::{Record, StateMask};
 
@@ -29,7 +30,7 @@ fn session(inode: u32) -> Session {
         netns: Netns::Inode(inode),
         ring_size: RingSize::default(),
         // Elsewhere it is not used.
-        path: Some(Path::TpBtfNoCookie),
+        without: vec![Feature::SocketCookie],
     };
     Session::start(&options).expect("the program loads")
 }
@@ -218,7 +219,8 @@ fn agreed(inode: u32, iterator: &SocketIterator) -> Result<Vec<Record>, String> 
     Ok(records)
 }
 
-pub fn of_every_state() {
+#[test]
+fn dumps_by_the_iterator_are_those_by_inet_diag() {
     in_namespace(|inode| {
         let session = session(inode);
         let iterator = session.sockets().expect("the kernel has the iterator");

@@ -7,7 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 
 use serde_json::Value;
 
-use crate::lab::{Attach, Expected};
+use crate::lab::Expected;
+use crate::without::{CLASSIC, NO_COOKIE};
 
 /// Nobody listens there: connects to it mark a place in the stream.
 pub const MARKER_PORT: u16 = 1;
@@ -39,7 +40,8 @@ const FIELDS: [&str; 23] = [
 ];
 
 pub struct Context {
-    pub attach: Attach,
+    /// What the product does without.
+    pub without: &'static str,
     /// `None`: all of them.
     pub netns: Option<u32>,
     /// Unix time before the tracer's start and after the last event, nanoseconds.
@@ -48,12 +50,12 @@ pub struct Context {
 
 impl Context {
     fn knows_cookies(&self) -> bool {
-        self.attach == Attach::Best && kernel() >= (5, 12)
+        self.reads_kernel() && !self.without.contains(NO_COOKIE) && kernel() >= (5, 12)
     }
 
     /// Fields of the socket and of the process' leader, read at offsets from BTF.
     fn reads_kernel(&self) -> bool {
-        self.attach != Attach::Tracepoint
+        self.without != CLASSIC
     }
 }
 

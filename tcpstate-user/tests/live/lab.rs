@@ -16,20 +16,10 @@ use crate::judge::{self, Context, Seen};
 use crate::sockets;
 use crate::sys;
 use crate::tracer::Tracer;
+use crate::without::{CLASSIC, flags};
 
 /// How often a scenario is done in which the kernel skips the program.
 const TRIES: usize = 3;
-
-/// How the product is attached, and what it can know by it.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Attach {
-    /// As it chooses itself.
-    Best,
-    /// Forced, as on kernels before 5.12.
-    TpBtfNoCookie,
-    /// Forced, as on kernels without BTF.
-    Tracepoint,
-}
 
 /// What is expected of one socket.
 #[derive(Clone, Debug)]
@@ -135,7 +125,8 @@ pub fn closed(local: SocketAddr) -> Expected {
 
 pub struct Lab {
     pub inode: u32,
-    attach: Attach,
+    /// What the product does without.
+    without: &'static str,
     /// The kernel did what the scenario does not expect: it is to be done again.
     again: Arc<AtomicBool>,
     tracer: Tracer,
@@ -153,7 +144,7 @@ impl Lab {
     /// The kernel runs no program on a CPU that is running it already: transitions in a softirq that interrupts it are
     /// not shown. Where the product tells of that, the scenario is done again; where the kernel [keeps an
     /// orphan](keeps_orphan); and where it [hides events](kernel_hides).
-    pub fn run(attach: Attach, scenario: impl Fn(&mut Self) + Clone + Send + 'static) {
+    pub fn run(without: &'static str, scenario: impl Fn(&mut Self) + Clone + Send + 'static) {
         let name = thread::current().name().unwrap_or("lab").to_owned();
         for attempt in 1..=TRIES {
             let skipped = Arc::new(AtomicBool::new(false));
@@ -161,7 +152,7 @@ impl Lab {
             let judged = thread::Builder::new()
                 .name(name.clone())
                 .spawn(move || {
-                    let mut lab = Self::start(attach, told);
+                    let mut lab = Self::start(without, told);
                     scenario(&mut lab);
                     lab.finish();
                 })
@@ -179,27 +170,24 @@ impl Lab {
         panic!("the kernel skipped the program, or kept an orphan, in each of {TRIES} tries");
     }
 
-    fn start(attach: Attach, skipped: Arc<AtomicBool>) -> Self {
+    fn start(without: &'static str, skipped: Arc<AtomicBool>) -> Self {
         let inode = sys::new_namespace().expect("network namespaces need root");
         let mut addresses = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
         let netns = inode.to_string();
         let mut arguments = vec!["watch", "-o", "json", "--raw", "--direct", "--netns"];
-        match attach {
-            Attach::Best => arguments.push(&netns),
-            Attach::TpBtfNoCookie => arguments.extend([&netns, "--attach", "tp_btf_no_cookie"]),
-            Attach::Tracepoint => {
-                sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
-                // It sees every namespace: these addresses are nobody else's.
-                addresses = [Ipv4Addr::new(127, 77, 0, 1).into(), sys::v6(77)];
-                sys::add_address("lo", addresses[1]).expect("an address for lo");
-                sys::wait_for_address(addresses[1]).expect("an address for lo");
-                arguments.extend(["all", "--attach", "tracepoint"]);
-            }
+        if without == CLASSIC {
+            sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
+            // It sees every namespace.
+            addresses = nobody_elses(77);
+            arguments.push("all");
+        } else {
+            arguments.push(&netns);
         }
+        arguments.extend(flags(without));
         let started = SystemTime::now();
         Self {
             inode,
-            attach,
+            without,
             again: Arc::clone(&skipped),
             tracer: Tracer::start(&arguments, skipped),
             started,
@@ -265,15 +253,15 @@ impl Lab {
             "SIGTERM ended the product with {status}; it said {said:?}"
         );
         let context = Context {
-            attach: self.attach,
-            netns: (self.attach != Attach::Tracepoint).then_some(self.inode),
+            without: self.without,
+            netns: (self.without != CLASSIC).then_some(self.inode),
             window: (unix_ns(self.started), unix_ns(finished)),
         };
         if context.netns.is_some() {
             assert_eq!(said.len(), 1, "more than the line `tracing …`: {said:?}");
         }
         judge::stream(&lines, &context);
-        let sockets = sockets_of(&lines, self.attach, self.addresses);
+        let sockets = sockets_of(&lines, self.without, self.addresses);
         let mut complaints = judge::sockets(&self.expected, &sockets, &context);
         for (first, then) in self.same {
             complaints.extend(judge::generations(first, then, &sockets, &context));
@@ -289,12 +277,16 @@ impl Lab {
     }
 
     fn sockets<'a>(&self, lines: &'a [Value]) -> BTreeMap<&'a str, Seen<'a>> {
-        sockets_of(lines, self.attach, self.addresses)
+        sockets_of(lines, self.without, self.addresses)
     }
 }
 
 /// The lab's own sockets by id, without the markers.
-fn sockets_of(lines: &[Value], attach: Attach, addresses: [IpAddr; 2]) -> BTreeMap<&str, Seen<'_>> {
+fn sockets_of<'a>(
+    lines: &'a [Value],
+    without: &str,
+    addresses: [IpAddr; 2],
+) -> BTreeMap<&'a str, Seen<'a>> {
     let marker = SocketAddr::new(addresses[0], judge::MARKER_PORT);
     let ours = |line: &Value| {
         addresses.iter().any(|address| {
@@ -304,13 +296,18 @@ fn sockets_of(lines: &[Value], attach: Attach, addresses: [IpAddr; 2]) -> BTreeM
     };
     let mut sockets: BTreeMap<&str, Seen<'_>> = BTreeMap::new();
     for line in lines.iter().filter(|line| line["type"] == "transition") {
-        if is_marker(line, marker) || (attach == Attach::Tracepoint && !ours(line)) {
+        if is_marker(line, marker) || (without == CLASSIC && !ours(line)) {
             continue;
         }
         let id = line["id"].as_str().expect("id is a string");
         sockets.entry(id).or_default().lines.push(line);
     }
     sockets
+}
+
+/// Has the runner show why the test can't tell anything on this kernel; it then ends without having failed.
+pub fn not_applicable(reason: &str) {
+    println!("not applicable: {reason}");
 }
 
 /// The kernel that tcpstate is developed on runs no tracing program, and counts no skip, while a thread of its own first
@@ -335,6 +332,14 @@ fn keeps_orphan() -> bool {
     })
 }
 
+/// Addresses of the calling thread's namespace that no other has, if `last` is nobody else's.
+pub fn nobody_elses(last: u8) -> [IpAddr; 2] {
+    let addresses = [Ipv4Addr::new(127, 77, 0, last).into(), sys::v6(last.into())];
+    sys::add_address("lo", addresses[1]).expect("an address for lo");
+    sys::wait_for_address(addresses[1]).expect("an address for lo");
+    addresses
+}
+
 fn is_marker(line: &Value, address: SocketAddr) -> bool {
     line["remote_port"] == address.port() && line["remote_addr"] == *address.ip().to_string()
 }
@@ -346,8 +351,15 @@ fn unix_ns(time: SystemTime) -> u128 {
 }
 
 /// Waits for the kernel to get somewhere; by polling, for nothing tells.
-pub fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(20);
+pub fn until(what: &str, condition: impl FnMut() -> bool) {
+    until_within(Duration::from_secs(20), what, condition);
+}
+
+/// After a sweep there is none for fifty times as long as it took: a second or more where it reads `/proc` of a slow machine.
+pub const TWO_SWEEPS: Duration = Duration::from_secs(120);
+
+pub fn until_within(patience: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + patience;
     while !condition() {
         assert!(Instant::now() < end, "waited in vain until {what}");
         thread::sleep(Duration::from_millis(5));

@@ -5,7 +5,6 @@
 //! no other program is called, and nothing of the product's code judges it. The product is `TCPSTATE_BIN`, or
 //! what cargo built. Needs root; a test that can't run fails and says what it needs.
 
-mod attach;
 mod attribution;
 mod bench;
 mod check;
@@ -31,5 +30,5 @@ mod stream;
 mod sys;
 mod timewait;
 mod tracer;
-mod vm;
 mod watch;
+mod without;

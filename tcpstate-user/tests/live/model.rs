@@ -21,6 +21,7 @@ use crate::daemon::{Daemon, Metrics, in_namespace};
 use crate::lab::kernel_hides;
 use crate::list::STATES;
 use crate::sys;
+use crate::without::{CLASSIC, WHOLE, flags, knows_holders};
 
 mod book;
 mod driver;
@@ -59,6 +60,8 @@ struct Counted {
 }
 
 struct Lane {
+    /// What the product does without.
+    without: &'static str,
     world: World,
     own: Daemon,
     all: Arc<Daemon>,
@@ -70,7 +73,7 @@ struct Lane {
 }
 
 impl Lane {
-    fn new(number: usize, home: u32, all: Arc<Daemon>) -> Self {
+    fn new(without: &'static str, number: usize, home: u32, all: Arc<Daemon>) -> Self {
         // Orphans of some lanes vanish soon, those of others hardly within a seed.
         let fin_timeout = ["3", "60"][number % 2];
         for (name, value) in [
@@ -81,9 +84,11 @@ impl Lane {
         ] {
             sys::set_sysctl(&format!("net/ipv4/{name}"), value).expect("a sysctl");
         }
-        let own = Daemon::start(&["--reconcile-interval", "1h"]);
+        let world = World::new(number, home, without == CLASSIC);
+        let own = Daemon::without(without, &["--reconcile-interval", "1h"]);
         Self {
-            world: World::new(number, home),
+            without,
+            world,
             own,
             all,
             counted: Counted {
@@ -143,6 +148,9 @@ impl Lane {
 
     fn pause(&mut self) -> Result<(), Wrong> {
         self.settle();
+        if !knows_holders(self.without) {
+            return self.pause_with_ends_alone();
+        }
         // At once, as far as events tell.
         self.gauges(|state| !is_silent(state))
             .map_err(|text| self.wrong(text))?;
@@ -158,6 +166,22 @@ impl Lane {
         let new = corrections - self.counted.corrections;
         if new > 0.0 {
             return Err(self.wrong(format!("{new} corrections, though nothing was lost")));
+        }
+        Ok(())
+    }
+
+    /// Dumps are joined with events by ends: what began or ended while one was made is right two dumps later, and nothing is
+    /// learned from them. The classic tracepoint shows the sockets of other namespaces too, which the gauges count.
+    fn pause_with_ends_alone(&mut self) -> Result<(), Wrong> {
+        self.list().map_err(|text| self.wrong(text))?;
+        let limit = Instant::now() + SILENT_LIMIT;
+        while self.without != CLASSIC
+            && let Err(text) = self.gauges(|_| true)
+        {
+            if Instant::now() > limit {
+                return Err(self.wrong(text));
+            }
+            thread::sleep(Duration::from_millis(100));
         }
         Ok(())
     }
@@ -216,10 +240,15 @@ impl Lane {
             let before = self.world.kernels();
             let told = self.told(&self.world.namespaces())?;
             let after = self.world.kernels();
-            let (text, lasting) = compare(&before, &told, &after);
+            let (text, lasting) = self.compare(&before, &told, &after);
             if text.is_empty() {
-                let complaints = self.world.book.complaints(&told);
-                self.world.book.swept(&after);
+                let book = &mut self.world.book;
+                let complaints = if knows_holders(self.without) {
+                    book.complaints(&told)
+                } else {
+                    book.strangers(&told)
+                };
+                book.swept(&after);
                 if !complaints.is_empty() {
                     return Err(complaints);
                 }
@@ -236,25 +265,72 @@ impl Lane {
                 }
                 return Ok(());
             }
-            if lasting || tries == LISTS {
+            if (lasting && knows_holders(self.without)) || tries == LISTS {
                 return Err(text);
             }
         }
     }
 
+    fn compare(&self, before: &Rows, told: &[(Row, Value)], after: &Rows) -> (String, bool) {
+        if knows_holders(self.without) {
+            return compare(before, told, after);
+        }
+        let [before, after] = [before, after].map(|rows| {
+            let mut known = Rows::new();
+            for (row, count) in rows {
+                *known.entry(row.clone().by_events()).or_default() += count;
+            }
+            known
+        });
+        compare(&before, told, &after)
+    }
+
+    /// What a line says of a socket.
+    fn row_of(&self, line: &Value) -> Result<Row, String> {
+        if knows_holders(self.without) {
+            row_of(line, None)
+        } else {
+            row_of(line, Some(0)).map(Row::by_events)
+        }
+    }
+
     /// Of the lane's namespace its own daemon tells, of another the one that follows all.
     fn told(&self, namespaces: &[u32]) -> Result<Vec<(Row, Value)>, String> {
+        if self.world.alone {
+            return self.told_of_addresses();
+        }
         let home = [self.world.home];
         let others: Vec<u32> = namespaces
             .iter()
             .copied()
             .filter(|it| !home.contains(it))
             .collect();
-        let mut told = listed(&self.own, &home)?;
+        let mut told: Vec<Value> = listed_in(&self.own, &home).collect();
         if !others.is_empty() {
-            told.extend(listed(&self.all, &others)?);
+            told.extend(listed_in(&self.all, &others));
         }
-        Ok(told)
+        let with_row = |line: Value| Ok((self.row_of(&line)?, line));
+        told.into_iter().map(with_row).collect()
+    }
+
+    /// Where no namespace is told.
+    fn told_of_addresses(&self) -> Result<Vec<(Row, Value)>, String> {
+        let ours = listed(&self.own).filter(|line| {
+            let ends = ["local_addr", "remote_addr"].map(|end| line[end].as_str());
+            let ends = ends.map(|end| end.and_then(|text| text.parse().ok()));
+            ends.into_iter().any(|end| self.world.is_ours(end))
+        });
+        let netns = self.world.home;
+        let at_home = |line: Value| {
+            Ok((
+                Row {
+                    netns,
+                    ..self.row_of(&line)?
+                },
+                line,
+            ))
+        };
+        ours.map(at_home).collect()
     }
 
     /// When its processes have gone, nothing is left in the namespace that went with them; nor is anything at home but
@@ -275,7 +351,7 @@ impl Lane {
                 row.netns == home || pids.iter().any(|(its, _)| pid == Some((*its).into()))
             });
             let told: Vec<(Row, Value)> = ours.collect();
-            let (text, lasting) = compare(&before, &told, &after);
+            let (text, lasting) = self.compare(&before, &told, &after);
             if text.is_empty() {
                 return Ok(());
             }
@@ -286,15 +362,17 @@ impl Lane {
     }
 }
 
-fn listed(daemon: &Daemon, namespaces: &[u32]) -> Result<Vec<(Row, Value)>, String> {
+fn listed(daemon: &Daemon) -> impl Iterator<Item = Value> {
     let (status, body) = daemon.get("/v1/sockets");
     assert_eq!(status, 200, "{body}");
     let lines = body.lines().filter(|line| line.starts_with('{'));
-    let sockets = lines
-        .map(|line| serde_json::from_str::<Value>(line).expect("JSON"))
-        .filter(|line| line["type"] == "socket");
-    let ours = sockets.filter(|line| namespaces.iter().any(|netns| line["netns"] == *netns));
-    ours.map(|line| Ok((row_of(&line)?, line))).collect()
+    let lines = lines.map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let sockets: Vec<Value> = lines.filter(|line| line["type"] == "socket").collect();
+    sockets.into_iter()
+}
+
+fn listed_in(daemon: &Daemon, namespaces: &[u32]) -> impl Iterator<Item = Value> {
+    listed(daemon).filter(|line| namespaces.iter().any(|netns| line["netns"] == *netns))
 }
 
 /// What differs, and whether no later dump may mend it.
@@ -340,6 +418,7 @@ fn seeds(usual: u64) -> Vec<u64> {
 
 /// What all lanes work on.
 struct Work {
+    without: &'static str,
     seeds: Vec<u64>,
     next: AtomicUsize,
     /// Seeds that failed where the kernel may have hidden an event, and are to be done once more: why they failed.
@@ -394,7 +473,7 @@ impl Work {
 
     /// Until a seed fails, after which the lane begins afresh.
     fn lane(&self, number: usize, home: u32, all: &Arc<Daemon>) {
-        let mut lane = Lane::new(number, home, Arc::clone(all));
+        let mut lane = Lane::new(self.without, number, home, Arc::clone(all));
         while let Some(seed) = self.next() {
             let result = self.until_nothing_is_lost(&mut lane, seed);
             let right = std::mem::take(&mut lane.right);
@@ -433,8 +512,9 @@ impl Work {
     }
 }
 
-fn run(lanes: usize, usual: u64) {
+fn run(without: &'static str, lanes: usize, usual: u64) {
     let work = Arc::new(Work {
+        without,
         seeds: seeds(usual),
         next: AtomicUsize::new(0),
         again: Mutex::default(),
@@ -448,7 +528,10 @@ fn run(lanes: usize, usual: u64) {
     let begun = Instant::now();
     let shared = Arc::clone(&work);
     in_namespace(move |_| {
-        let all = Arc::new(Daemon::tracing("all", &[]));
+        if without == CLASSIC {
+            sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
+        }
+        let all = Arc::new(Daemon::tracing("all", &flags(without)));
         let lane = |number: usize| {
             let (work, all) = (Arc::clone(&shared), Arc::clone(&all));
             thread::spawn(move || {
@@ -483,10 +566,10 @@ fn run(lanes: usize, usual: u64) {
 
 #[test]
 fn gauges_and_owners_of_random_sockets_are_the_kernels() {
-    run(LANES, SEEDS);
+    run(WHOLE, LANES, SEEDS);
 }
 
-/// Fewer, on an emulated machine.
-pub fn few() {
-    run(1, 5);
+/// Those that failed once, and some more.
+pub fn few(without: &'static str) {
+    run(without, LANES, 3);
 }

@@ -1,7 +1,7 @@
 //! Whose sockets are, as the daemon's gauges by process tell: those from before its start, and those whose holder changes
 //! without an event.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{CStr, CString};
 use std::fs;
 use std::io::Write as _;
@@ -22,6 +22,7 @@ use crate::lab::until;
 use crate::sockets::Tcp;
 use crate::sys::{self, Fork};
 use crate::tracer::product;
+use crate::without::{WHOLE, knows_holders};
 
 const V4: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const V6: IpAddr = IpAddr::V6(Ipv6Addr::LOCALHOST);
@@ -157,10 +158,14 @@ fn proc_sockets() -> BTreeMap<String, u32> {
     counts
 }
 
-/// In every state that can be reached without a packet filter, held by processes that opened none of them.
 #[test]
 fn sockets_from_before_the_start_have_their_owners() {
-    in_namespace(|_| {
+    from_before_the_start(WHOLE);
+}
+
+/// In every state that can be reached without a packet filter, held by processes that opened none of them.
+pub fn from_before_the_start(without: &'static str) {
+    in_namespace(move |_| {
         let silent = [Ipv4Addr::new(192, 0, 2, 1).into(), sys::v6(1)];
         let mut network = sys::silent_network(&silent).expect("a network of silence");
         let nobody = Ipv4Addr::new(192, 0, 2, 2);
@@ -229,10 +234,17 @@ fn sockets_from_before_the_start_have_their_owners() {
         holders.push(hold(c"listen", &[&listener]));
         drop(listener);
 
-        let daemon = Daemon::start(&[]);
+        let daemon = Daemon::without(without, &[]);
         let metrics = daemon.metrics();
         for (state, count) in proc_sockets() {
             assert_eq!(metrics.state(&state), f64::from(count), "{state}");
+        }
+        if !knows_holders(without) {
+            // What no event told of has no owner.
+            let owners: BTreeSet<String> =
+                told(&daemon).into_keys().map(|(comm, _)| comm).collect();
+            assert_eq!(owners, BTreeSet::from(["<none>".to_owned()]));
+            return;
         }
         assert_eq!(
             told(&daemon),

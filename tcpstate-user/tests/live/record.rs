@@ -8,19 +8,21 @@ use tcpstate_common::{Event, SetState, TcpState};
 use tcpstate_user::kernel::{Netns, Options, RingSize, Session};
 use zerocopy::IntoBytes as _;
 
-use crate::lab::{Attach, Lab, until};
+use crate::lab::{Lab, until};
 use crate::six;
+use crate::without::WHOLE;
 
 /// Names the file to keep the events in.
 const RECORD: &str = "TCPSTATE_RECORD";
 
 /// Runs the six sequences under a session of our own and compares what came with what the kernel counted.
-pub fn six_sequences() {
-    Lab::run(Attach::Best, |lab| {
+#[test]
+fn every_event_arrives() {
+    Lab::run(WHOLE, |lab| {
         let options = Options {
             netns: Netns::Inode(lab.inode),
             ring_size: RingSize::default(),
-            path: None,
+            without: Vec::new(),
         };
         let mut session = Session::start(&options).expect("a second program on the tracepoint");
         six::all(lab);

@@ -41,10 +41,13 @@ pub fn hide(folder: &str, mode: &CStr) -> io::Result<()> {
     Ok(mount("tmpfs", folder, "tmpfs", MountFlags::empty(), mode)?)
 }
 
-/// Moves the calling thread into a mount namespace of its own that has tracefs.
+/// Has tracefs in sight of the calling thread, in a mount namespace of its own if it must.
 pub fn mount_tracefs() -> io::Result<()> {
-    own_mounts()?;
     let target = "/sys/kernel/tracing";
+    if fs::exists(format!("{target}/events"))? {
+        return Ok(());
+    }
+    own_mounts()?;
     mount("tracefs", target, "tracefs", MountFlags::empty(), None)?;
     Ok(())
 }

@@ -12,6 +12,7 @@ use crate::daemon::{Daemon, LOOPBACK, in_namespace};
 use crate::lab::{proc_states, until};
 use crate::sockets::Tcp;
 use crate::sys;
+use crate::without::WHOLE;
 
 /// Debian's kernels, which the lab boots, load fentry programs; 5.10 has no cookie to follow timewait sockets by.
 fn must_follow() -> Option<bool> {
@@ -53,13 +54,18 @@ fn ms(value: &Value) -> f64 {
     value.as_f64().expect("a dwell") / 1e6
 }
 
-pub fn is_followed() {
-    in_namespace(|_| {
+#[test]
+fn what_follows_a_close_is_told() {
+    is_followed(WHOLE);
+}
+
+pub fn is_followed(without: &'static str) {
+    in_namespace(move |_| {
         sys::set_sysctl("net/ipv4/tcp_fin_timeout", "2").expect("a sysctl");
-        let daemon = Daemon::start(&["--reconcile-interval", "1s"]);
-        let feature = "tcpstate_kernel_feature{feature=\"time_wait_fentry\"}";
-        let follows = daemon.metrics().get(feature) == 1.0;
-        if let Some(must) = must_follow() {
+        let daemon = Daemon::without(without, &["--reconcile-interval", "1s"]);
+        let feature = "time_wait_fentry";
+        let follows = daemon.metrics().uses(feature);
+        if let Some(must) = must_follow().filter(|_| without == WHOLE) {
             assert_eq!(follows, must, "{feature}");
         }
         let mut events = events(&daemon);
@@ -126,7 +132,8 @@ pub fn is_followed() {
 }
 
 /// The kernel then closes at once, though it begins as for TIME_WAIT, which is all that events tell.
-pub fn has_no_room() {
+#[test]
+fn time_wait_without_room_is_not_counted() {
     in_namespace(|_| {
         let limit = "net/ipv4/tcp_max_tw_buckets";
         sys::set_sysctl(limit, "0").expect("a sysctl");

@@ -12,10 +12,12 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::daemon::{Daemon, LOOPBACK, bpf_objects, in_namespace, is_there, refused, storm};
+use crate::judge::kernel;
 use crate::lab::until;
 use crate::sockets::Tcp;
 use crate::sys;
 use crate::tracer::product;
+use crate::without::{CLASSIC, NO_COOKIE, WHOLE};
 
 fn tcpstate(arguments: &[&str]) -> Command {
     let mut command = Command::new(product());
@@ -122,17 +124,9 @@ fn who_may_not_use_the_socket_is_told_what_helps() {
 #[test]
 fn without_btf_the_classic_tracepoint_is_what_is_left() {
     in_namespace(|_| {
+        sys::own_mounts().expect("a mount namespace needs root");
         sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
         sys::hide("/sys/kernel/btf", c"mode=755").expect("a folder");
-        for path in ["tp_btf", "tp_btf_no_cookie"] {
-            assert_eq!(
-                error(&mut tcpstate(&["watch", "--direct", "--attach", path])),
-                format!(
-                    "the kernel has no BTF (/sys/kernel/btf/vmlinux), which {path} needs; CONFIG_DEBUG_INFO_BTF=y \
-                     gives it"
-                )
-            );
-        }
         assert_eq!(
             error(&mut tcpstate(&["watch", "--direct", "--netns", "self"])),
             "one network namespace can't be chosen on the classic tracepoint, which doesn't show it; use --netns all, \
@@ -155,7 +149,7 @@ fn without_btf_the_classic_tracepoint_is_what_is_left() {
 #[test]
 fn without_tracefs_the_classic_tracepoint_says_what_it_needs() {
     in_namespace(|_| {
-        let classic = || tcpstate(&["watch", "--direct", "--attach", "tracepoint"]);
+        let classic = || tcpstate(&["watch", "--direct", "--without", CLASSIC]);
         sys::own_mounts().expect("a mount namespace needs root");
         // Where it may be mounted as well.
         sys::hide("/sys/kernel/debug", c"mode=755").expect("a folder");
@@ -296,34 +290,35 @@ fn slow_reader(source: &[&str]) {
 /// What the daemon counts of one connection, attached as older kernels would have it.
 #[test]
 fn the_daemon_counts_however_it_is_attached() {
-    for path in ["tp_btf", "tp_btf_no_cookie", "tracepoint"] {
+    for without in [WHOLE, NO_COOKIE, CLASSIC] {
         in_namespace(move |_| {
-            let classic = path == "tracepoint";
+            let classic = without == CLASSIC;
             if classic {
                 sys::mount_tracefs().expect("tracefs in a mount namespace needs root");
             }
-            // The classic tracepoint sees every namespace: then others' sockets are counted too.
-            let netns = if classic { "all" } else { "self" };
-            let daemon = Daemon::tracing(netns, &["--attach", path]);
+            let daemon = Daemon::without(without, &[]);
             let before = daemon.metrics();
             let listener = Tcp::listening(LOOPBACK, 8);
             let client = Tcp::connected(listener.local());
             let server = listener.accept();
             let after = daemon.metrics();
             let grew = |metric: &str| after.sum(metric) - before.sum(metric);
+            // The classic tracepoint sees every namespace: then others' sockets are counted too.
             if classic {
-                assert!(grew("tcpstate_connections_total") >= 2.0, "{path}");
-                assert!(after.state("established") >= 2.0, "{path}");
+                assert!(grew("tcpstate_connections_total") >= 2.0, "{without}");
+                assert!(after.state("established") >= 2.0, "{without}");
             } else {
-                assert_eq!(grew("tcpstate_connections_total"), 2.0, "{path}");
+                assert_eq!(grew("tcpstate_connections_total"), 2.0, "{without}");
                 // And the daemon's own.
-                assert_eq!(after.state("listen"), 2.0, "{path}");
-                assert_eq!(after.state("established"), 2.0, "{path}");
+                assert_eq!(after.state("listen"), 2.0, "{without}");
+                assert_eq!(after.state("established"), 2.0, "{without}");
             }
-            let feature =
-                |name| after.get(&format!("tcpstate_kernel_feature{{feature=\"{name}\"}}"));
-            assert_eq!(feature("tp_btf") == 1.0, !classic, "{path}");
-            assert_eq!(feature("socket_cookie") == 1.0, path == "tp_btf", "{path}");
+            assert_eq!(after.uses("tp_btf"), !classic, "{without}");
+            assert_eq!(
+                after.uses("socket_cookie"),
+                without == WHOLE && kernel() >= (5, 12),
+                "{without}"
+            );
             drop((client, server, listener));
         });
     }

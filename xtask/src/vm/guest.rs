@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use cpio::newc::{Builder, ModeFileType, trailer};
 
 use super::kernel::Kernel;
-use super::{Payload, Run};
+use super::{Payload, Run, Ways};
 use crate::host;
 use crate::libtest::{Count, Report};
 
@@ -21,8 +21,8 @@ const INIT: &str = include_str!("init.sh");
 /// Stands in every program that is linked dynamically.
 const LOADER: &[u8] = b"/lib64/ld-linux-x86-64.so.2\0";
 /// What the script calls.
-const APPLETS: [&str; 7] = ["cat", "insmod", "ip", "mount", "poweroff", "sh", "uname"];
-const FOLDERS: [&str; 6] = ["bin", "dev", "modules", "proc", "sys", "tmp"];
+const APPLETS: [&str; 7] = ["insmod", "ip", "mount", "poweroff", "sed", "sh", "uname"];
+const FOLDERS: [&str; 7] = ["bin", "dev", "modules", "proc", "run", "sys", "tmp"];
 
 /// KVM where a guest can really be started with it: the device alone says nothing in a cloud.
 pub fn accelerator() -> Result<&'static str> {
@@ -130,6 +130,10 @@ fn read(console: String, release: &str, ended: Option<ExitStatus>, limit: Durati
             .find_map(|line| Some(line.strip_prefix(what)?.trim()))
     };
     let report = Report::read(&console);
+    let checks = console
+        .lines()
+        .filter_map(|line| line.strip_prefix("vm: check "));
+    let ways = Ways::read(checks);
     let trouble = match (said("vm: status "), ended) {
         (_, None) => Some(format!("it did not end within {} s", limit.as_secs())),
         (None, Some(status)) => Some(format!(
@@ -144,6 +148,7 @@ fn read(console: String, release: &str, ended: Option<ExitStatus>, limit: Durati
         _ if report.counted == Count::default() => {
             Some("no live test has a name that was asked for".to_owned())
         }
+        _ if !ways.are_known() => Some("`tcpstate check` did not come to its end".to_owned()),
         _ => said("vm: can't load ").map(|module| format!("can't load {module}")),
     };
     let kernel = match said("vm: kernel ") {
@@ -152,9 +157,11 @@ fn read(console: String, release: &str, ended: Option<ExitStatus>, limit: Durati
     };
     Run {
         kernel,
+        ways,
         report,
         trouble,
         console,
+        ..Run::default()
     }
 }
 
@@ -178,17 +185,17 @@ fn pack(kernel: &Kernel, payload: &Payload<'_>, initramfs: &Path) -> Result<()> 
             b"busybox",
         )?;
     }
-    archive.program("bin/tcpstate", &payload.product)?;
-    archive.program("bin/live", &payload.live)?;
+    archive.program("bin/tcpstate", payload.product)?;
+    archive.program("bin/live", payload.live)?;
     for (order, module) in kernel.modules.iter().enumerate() {
         let name = module.file_name().unwrap_or_default().display();
         archive.program(&format!("modules/{order}-{name}"), module)?;
     }
     archive.add(
-        "filter",
+        "settings",
         ModeFileType::Regular,
         0o644,
-        payload.filter.as_bytes(),
+        payload.settings.as_bytes(),
     )?;
     archive.add("init", ModeFileType::Regular, 0o755, INIT.as_bytes())?;
     trailer(archive.output)?.flush()?;
@@ -237,6 +244,7 @@ mod tests {
     use super::*;
 
     const LIMIT: Duration = Duration::from_secs(300);
+    const CHECKED: &str = "vm: check {\"type\":\"verdict\"}\n";
 
     fn of(console: &str) -> Run {
         read(
@@ -249,10 +257,10 @@ mod tests {
 
     #[test]
     fn a_good_run_names_its_kernel() {
-        let run = of(
-            "vm: kernel 7.2.13+deb14-amd64\n\nrunning 1 test\ntest vm::loads ... ok\n\n\
+        let run = of(&format!(
+            "vm: kernel 7.2.13+deb14-amd64\n{CHECKED}\nrunning 1 test\ntest loads ... ok\n\n\
              test result: ok. 1 passed; 0 failed; 0 ignored\n\nvm: status 0\n",
-        );
+        ));
         assert_eq!(run.kernel, "7.2.13+deb14-amd64");
         assert_eq!(run.trouble, None);
         assert_eq!(
@@ -280,8 +288,12 @@ mod tests {
                 "no live test has a name",
             ),
             (
-                format!("vm: can't load /modules/0-inet_diag.ko\n{passed}vm: status 0\n"),
+                format!("vm: can't load /modules/0-inet_diag.ko\n{CHECKED}{passed}vm: status 0\n"),
                 "can't load /modules/0-inet_diag.ko",
+            ),
+            (
+                format!("vm: check {{\"type\":\"check\"}}\n{passed}vm: status 0\n"),
+                "`tcpstate check` did not come to its end",
             ),
         ] {
             let run = of(&console);

@@ -13,8 +13,16 @@ for module in /modules/*.ko; do
     insmod "$module" || echo "vm: can't load $module"
 done
 echo "vm: kernel $(uname -r)"
-export TCPSTATE_RECORD=/tmp/events TCPSTATE_CONNECTIONS=2000
-TCPSTATE_BIN=/bin/tcpstate /bin/live --test-threads=1 "$(cat /filter)" 2>&1
+export TCPSTATE_BIN=/bin/tcpstate
+/bin/tcpstate check -o json | sed 's/^/vm: check /'
+# An argument or a variable a line.
+while read -r line; do
+    case $line in
+        TCPSTATE_*) export "$line" ;;
+        *) set -- "$@" "$line" ;;
+    esac
+done < /settings
+/bin/live "$@" 2>&1
 echo "vm: status $?"
 [ -f /tmp/events ] && sed "s/^/vm: event /" /tmp/events
 poweroff -f

@@ -14,8 +14,8 @@ use crate::host;
 const META_PACKAGE: &str = "linux-image-amd64";
 /// Where a kernel's files are: in recent releases the image and the modules have packages of their own.
 const PARTS: [&str; 3] = ["linux-image-", "linux-binary-", "linux-modules-"];
-/// What inet_diag snapshots need, in the order of loading.
-const MODULES: [&str; 2] = ["inet_diag", "tcp_diag"];
+/// What inet_diag snapshots need, in the order of loading; then the interfaces of tests.
+const MODULES: [&str; 4] = ["inet_diag", "tcp_diag", "tun", "veth"];
 
 pub struct Kernel {
     pub release: String,
@@ -25,8 +25,8 @@ pub struct Kernel {
 
 pub fn of_release(release: &str) -> Result<Kernel> {
     let folder = host::target().join("vm/kernels").join(release);
-    if folder.exists() {
-        return Kernel::in_folder(release, &folder);
+    if let Ok(kernel) = Kernel::in_folder(release, &folder) {
+        return Ok(kernel);
     }
     host::say(&format!("getting the newest kernel of Debian {release}"));
     let index = Index::of(release)?;
@@ -45,6 +45,8 @@ pub fn of_release(release: &str) -> Result<Kernel> {
         }
     }
     Kernel::in_folder(release, &unfinished)?;
+    // One that was made for fewer modules.
+    let _ = fs::remove_dir_all(&folder);
     fs::rename(&unfinished, &folder)?;
     Kernel::in_folder(release, &folder)
 }

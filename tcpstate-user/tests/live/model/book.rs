@@ -19,6 +19,16 @@ pub struct Row {
     pub remote: Option<SocketAddr>,
 }
 
+impl Row {
+    /// As it is known where a dump teaches nothing: a connect is told before it has a port.
+    pub fn by_events(mut self) -> Self {
+        if self.state == "SYN_SENT" {
+            self.local.set_port(0);
+        }
+        self
+    }
+}
+
 /// Listeners can have the same ends.
 pub type Rows = BTreeMap<Row, usize>;
 
@@ -65,11 +75,13 @@ pub fn bounds<'a>(before: &'a Rows, after: &'a Rows) -> BTreeMap<&'a Row, (usize
     both.collect()
 }
 
-pub fn row_of(told: &Value) -> Result<Row, String> {
+/// `no_port`: what stands for one that is not known.
+pub fn row_of(told: &Value, no_port: Option<u16>) -> Result<Row, String> {
     let end = |which: &str| -> Option<SocketAddr> {
         let addr = told[format!("{which}_addr")].as_str()?.parse().ok()?;
-        let port = told[format!("{which}_port")].as_u64()?;
-        Some(SocketAddr::new(addr, port.try_into().ok()?))
+        let port = told[format!("{which}_port")].as_u64();
+        let port = port.and_then(|port| port.try_into().ok()).or(no_port)?;
+        Some(SocketAddr::new(addr, port))
     };
     let state = told["state"].as_str().unwrap_or_default();
     let row = Row {
@@ -95,6 +107,8 @@ pub struct Socket {
     pub holders: BTreeMap<Index, i32>,
     /// Who can have been found to be the owner since all were looked up; of a socket that nobody holds the last one stays.
     owners: BTreeSet<u32>,
+    /// All that ever could.
+    ever: BTreeSet<u32>,
     /// More than one held it at some time.
     shared: bool,
 }
@@ -104,6 +118,8 @@ pub struct Book {
     /// By place; also those that have ended.
     pub pids: Vec<(u32, String)>,
     pub sockets: Vec<Socket>,
+    /// Who ever held a listener of that port.
+    listened: BTreeMap<(u32, u16), BTreeSet<u32>>,
     /// Of all times.
     pub added: usize,
 }
@@ -117,6 +133,7 @@ impl Book {
             origin,
             holders: BTreeMap::from([holder]),
             owners: BTreeSet::from([origin.0]),
+            ever: BTreeSet::from([origin.0]),
             shared: false,
         });
         self.sockets.len() - 1
@@ -149,9 +166,24 @@ impl Book {
             origin: socket.origin,
             holders: BTreeMap::new(),
             owners: socket.owners.clone(),
+            ever: socket.ever.clone(),
             shared: socket.shared,
         };
         self.sockets.push(rest);
+    }
+
+    /// It listens there from now on.
+    pub fn listens(&mut self, at: usize, local: SocketAddr) {
+        self.sockets[at].ends = Some((local, None));
+        self.remember_listener(at);
+    }
+
+    fn remember_listener(&mut self, at: usize) {
+        let socket = &self.sockets[at];
+        if let Some((local, None)) = socket.ends {
+            let pids = self.listened.entry((socket.netns, local.port()));
+            pids.or_default().extend(&socket.ever);
+        }
     }
 
     /// The process calls connect.
@@ -159,6 +191,7 @@ impl Book {
         let pid = self.pids[by].0;
         self.sockets[at].origin = (pid, "connect");
         self.sockets[at].owners.insert(pid);
+        self.sockets[at].ever.insert(pid);
     }
 
     /// Closing by shutdown, or by the last close, tells of an owner where none is known.
@@ -171,7 +204,9 @@ impl Book {
 
     pub fn hold(&mut self, at: usize, holder: Index, fd: i32) {
         self.sockets[at].holders.insert(holder, fd);
+        self.sockets[at].ever.insert(self.pids[holder].0);
         self.sockets[at].shared = true;
+        self.remember_listener(at);
         self.note(at);
     }
 
@@ -245,6 +280,39 @@ impl Book {
         text
     }
 
+    /// Owners that never had to do with the socket, nor listened for it: what is wrong even where no sweep finds holders.
+    pub fn strangers(&self, told: &[(Row, Value)]) -> String {
+        let mut text = String::new();
+        for (row, value) in told {
+            let Some(pid) = value["pid"].as_u64().map(|pid| pid as u32) else {
+                continue;
+            };
+            let listened = self.listened.get(&(row.netns, row.local.port()));
+            let mut known = self.sockets.iter().filter(|socket| {
+                let ends = socket.ends.map(|(local, remote)| Row {
+                    local,
+                    remote,
+                    ..row.clone()
+                });
+                socket.netns == row.netns && ends.map(Row::by_events).as_ref() == Some(row)
+            });
+            let right = listened.is_some_and(|pids| pids.contains(&pid))
+                || known.any(|socket| socket.ever.contains(&pid));
+            let name = value["comm"].as_str();
+            if !right {
+                writeln!(text, "the owner never held it: {value}").expect("memory");
+            } else if name.is_some_and(|name| Some(name) != self.name_of(pid)) {
+                writeln!(text, "expected comm {:?} of {value}", self.name_of(pid)).expect("memory");
+            }
+        }
+        text
+    }
+
+    fn name_of(&self, pid: u32) -> Option<&str> {
+        let known = self.pids.iter().rfind(|(it, _)| *it == pid);
+        known.map(|(_, name)| name.as_str())
+    }
+
     fn judge(&self, row: &Row, told: &Value) -> Result<(), String> {
         if row.local.port() == DAEMONS_PORT {
             return Ok(());
@@ -285,11 +353,7 @@ impl Book {
             return Err(format!("pid {pids:?}, {sources:?}, holders {holders:?}"));
         }
         if let Some(pid) = pid {
-            let name = self
-                .pids
-                .iter()
-                .rfind(|(it, _)| *it == pid)
-                .map(|(_, name)| name.as_str());
+            let name = self.name_of(pid);
             if told["comm"].as_str() != name {
                 return Err(format!("comm {name:?}"));
             }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::book::{Book, Index, Rows, kernels};
 use super::worker::{Call, How, Worker, name};
+use crate::lab::nobody_elses;
 use crate::sys;
 
 const STEPS: usize = 90;
@@ -109,6 +110,10 @@ struct Process {
 pub struct World {
     lane: usize,
     pub home: u32,
+    /// Where sockets listen: of each family, and of both.
+    addresses: [IpAddr; 3],
+    /// Nobody else has these, and all is done there: the namespace is not told.
+    pub alone: bool,
     pub book: Book,
     /// By their place in the book.
     processes: Vec<Process>,
@@ -117,10 +122,23 @@ pub struct World {
 }
 
 impl World {
-    pub fn new(lane: usize, home: u32) -> Self {
+    /// `alone`: at addresses that no other namespace has.
+    pub fn new(lane: usize, home: u32, alone: bool) -> Self {
+        let addresses = if alone {
+            let [v4, v6] = nobody_elses(100 + lane as u8);
+            [v4, v6, v6]
+        } else {
+            [
+                Ipv4Addr::LOCALHOST.into(),
+                Ipv6Addr::LOCALHOST.into(),
+                Ipv6Addr::UNSPECIFIED.into(),
+            ]
+        };
         Self {
             lane,
             home,
+            addresses,
+            alone,
             book: Book::default(),
             processes: Vec::new(),
             log: String::new(),
@@ -132,7 +150,7 @@ impl World {
         self.log.clear();
         self.spawn();
         self.spawn();
-        if seed.is_multiple_of(3) {
+        if seed.is_multiple_of(3) && !self.alone {
             self.visit();
         }
     }
@@ -170,6 +188,11 @@ impl World {
         }
     }
 
+    /// Whether it can be no other world's.
+    pub fn is_ours(&self, end: Option<IpAddr>) -> bool {
+        !self.alone || end.is_some_and(|ip| self.addresses.contains(&ip))
+    }
+
     /// Of the kernel, in all namespaces that a worker is in, and at home.
     pub fn kernels(&self) -> Rows {
         let mut rows = kernels(self.home, "thread-self");
@@ -180,6 +203,11 @@ impl World {
                 seen.push(*netns);
             }
         }
+        rows.retain(|row, _| {
+            let ends = [Some(row.local), row.remote];
+            ends.into_iter()
+                .any(|end| self.is_ours(end.map(|it| it.ip())))
+        });
         rows
     }
 
@@ -357,10 +385,11 @@ impl World {
     }
 
     fn listen(&mut self, by: Index, how: u32, more: u32) {
-        let ip: IpAddr = match how % 4 {
-            0 => Ipv6Addr::LOCALHOST.into(),
-            1 => Ipv6Addr::UNSPECIFIED.into(),
-            _ => Ipv4Addr::LOCALHOST.into(),
+        let [v4, v6, both] = self.addresses;
+        let ip = match how % 4 {
+            0 => v6,
+            1 => both,
+            _ => v4,
         };
         let shares = more.is_multiple_of(3);
         let at = SocketAddr::new(ip, 0);
@@ -389,8 +418,8 @@ impl World {
         );
         let (pid, netns) = (self.book.pids[by].0, self.processes[by].netns);
         let at = self.book.add(netns, (pid, "listen"), (by, fd));
-        if answer.result.is_ok() {
-            self.book.sockets[at].ends = answer.local.map(|local| (local, None));
+        if let Some(local) = answer.local.filter(|_| answer.result.is_ok()) {
+            self.book.listens(at, local);
         }
     }
 
@@ -423,7 +452,8 @@ impl World {
     /// Where to connect to: mostly somebody listens there.
     fn target(&self, by: Index, which: u32) -> Option<(SocketAddr, bool)> {
         let netns = self.processes[by].netns;
-        let nobody = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 9);
+        let [v4, v6, _] = self.addresses;
+        let nobody = SocketAddr::new(v4, 9);
         if which.is_multiple_of(12) {
             return Some((nobody, false));
         }
@@ -432,8 +462,8 @@ impl World {
         };
         let ip = match local.ip() {
             ip if !ip.is_unspecified() => ip,
-            _ if which & 8 == 0 => Ipv4Addr::LOCALHOST.into(),
-            _ => Ipv6Addr::LOCALHOST.into(),
+            _ if which & 8 == 0 => v4,
+            _ => v6,
         };
         Some((SocketAddr::new(ip, local.port()), true))
     }
@@ -461,7 +491,7 @@ impl World {
     }
 
     fn self_connect(&mut self, by: Index) {
-        let at = self.open(by, SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0), true);
+        let at = self.open(by, SocketAddr::new(self.addresses[0], 0), true);
         let socket = self.holder(at, 0);
         let (_, fd) = socket.expect("it holds it");
         let local = self.local(by, fd);
