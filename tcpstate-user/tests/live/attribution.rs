@@ -513,7 +513,8 @@ pub fn prefork_server(without: &'static str) {
 
 /// False where it can't be judged.
 fn run(without: &str) -> bool {
-    let short: u16 = std::env::var(SHORT).map_or(20_000, |text| text.parse().expect("a count"));
+    let usual = if without == WHOLE { 20_000 } else { 4000 };
+    let short: u16 = std::env::var(SHORT).map_or(usual, |text| text.parse().expect("a count"));
     let each = short / CLIENTS / 4;
     // At least one of each kind.
     let long = (short / SHORT_FOR_A_LONG / CLIENTS).max(4);

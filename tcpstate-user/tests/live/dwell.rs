@@ -18,7 +18,6 @@ use crate::owners::fill;
 use crate::sockets::{Pair, Tcp};
 use crate::sys;
 use crate::tracer::Tracer;
-use crate::without::WHOLE;
 
 /// Of two processors, and of the kernel's quick way to read the clock.
 const CLOCKS: u64 = 20_000;
@@ -367,9 +366,9 @@ fn orphaned(seen: &mut Seen) {
 }
 
 /// Whether nothing was lost.
-fn run(without: &str) -> bool {
+fn run() -> bool {
     sys::set_sysctl("net/ipv4/tcp_fin_timeout", "2").expect("a sysctl");
-    let daemon = Daemon::without(without, &["--reconcile-interval", "1s"]);
+    let daemon = Daemon::start(&["--reconcile-interval", "1s"]);
     let follows = daemon.metrics().uses("time_wait_fentry");
     let socket = daemon.socket.to_str().expect("text");
     let skipped = Arc::new(AtomicBool::new(false));
@@ -521,15 +520,11 @@ fn histograms(daemon: &Daemon, seen: &Seen, follows: bool) {
     }
 }
 
+/// Takes as long as TIME_WAIT does.
 #[test]
 fn dwell_is_between_the_clocks_readings() {
-    is_between_the_clocks_readings(WHOLE);
-}
-
-/// Takes as long as TIME_WAIT does.
-pub fn is_between_the_clocks_readings(without: &'static str) {
-    in_namespace(move |_| {
-        let done = (0..TRIES).any(|_| run(without));
+    in_namespace(|_| {
+        let done = (0..TRIES).any(|_| run());
         assert!(done, "the kernel skipped the program {TRIES} times");
     });
 }

@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc;
@@ -210,6 +210,7 @@ impl Neighbor {
         ours.iter().try_for_each(|&ip| add_address("wire0", ip))?;
         ours.into_iter().try_for_each(wait_for_address)?;
         neighbor.run(move || theirs.into_iter().try_for_each(wait_for_address))?;
+        neighbor.run(move || ours.into_iter().try_for_each(reach))?;
         Ok(neighbor)
     }
 
@@ -221,6 +222,15 @@ impl Neighbor {
         });
         self.jobs.send(job).expect("the neighbor is there");
         result.recv().expect("the job did not panic")
+    }
+}
+
+/// Waits until packets get there and back: a new link drops some at first, and a SYN that is lost costs seconds.
+fn reach(address: IpAddr) -> io::Result<()> {
+    match TcpStream::connect((address, 9)) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::Error::other(format!("{address} port 9 is taken"))),
     }
 }
 

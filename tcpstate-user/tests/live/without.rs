@@ -2,7 +2,7 @@
 //! where it is done with all that the kernel has; here is only what is done without.
 
 use crate::lab::Lab;
-use crate::{attribution, check, daemon, dwell, model, owners, six, timewait};
+use crate::{attribution, check, daemon, model, owners, six, timewait};
 
 /// Features, as `--without` takes them: none.
 pub const WHOLE: &str = "";
@@ -76,7 +76,6 @@ without! {
         sockets_from_before_the_start_have_their_owners: owners::from_before_the_start;
         attribution_of_a_prefork_servers_connections: attribution::prefork_server;
         what_follows_a_close_is_told: timewait::is_followed;
-        dwell_is_between_the_clocks_readings: dwell::is_between_the_clocks_readings;
         random_sockets_are_the_kernels: model::few;
     }
 }
