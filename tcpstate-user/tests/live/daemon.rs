@@ -78,6 +78,13 @@ impl Daemon {
         daemon
     }
 
+    /// At once, as by `kill -9`.
+    pub fn end(&mut self) {
+        // It may have ended in the test.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// Status and body.
     pub fn get(&self, path: &str) -> (u16, String) {
         let mut connection = UnixStream::connect(&self.socket).expect("the daemon's socket");
@@ -119,9 +126,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // It may have ended in the test.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }
 

@@ -120,6 +120,8 @@ pub struct Book {
     pub sockets: Vec<Socket>,
     /// Who ever held a listener of that port.
     listened: BTreeMap<(u32, u16), BTreeSet<u32>>,
+    /// Ends of what was there when a daemon began.
+    older: BTreeSet<(u32, SocketAddr, Option<SocketAddr>)>,
     /// Of all times.
     pub added: usize,
 }
@@ -184,6 +186,23 @@ impl Book {
             let pids = self.listened.entry((socket.netns, local.port()));
             pids.or_default().extend(&socket.ever);
         }
+    }
+
+    /// A daemon begins at `home`, where these sockets are: a sweep finds the holders, and of what has none there is no owner.
+    pub fn restarted(&mut self, home: u32, there: &Rows) {
+        let firsts: Vec<Option<u32>> = self
+            .sockets
+            .iter()
+            .map(|it| self.first_holder(it))
+            .collect();
+        let sockets = self.sockets.iter_mut().zip(firsts);
+        for (socket, first) in sockets.filter(|(socket, _)| socket.netns == home) {
+            socket.origin.1 = "sweep";
+            socket.owners = first.into_iter().collect();
+            socket.shared = true;
+        }
+        let ends = there.keys().map(|row| (row.netns, row.local, row.remote));
+        self.older = ends.collect();
     }
 
     /// The process calls connect.
@@ -320,13 +339,14 @@ impl Book {
         let pid = told["pid"].as_u64().map(|pid| pid as u32);
         let source = told["owner_source"].as_str().unwrap_or_default();
         let ends = Some((row.local, row.remote));
+        let older = self.older.contains(&(row.netns, row.local, row.remote));
         let known: Vec<&Socket> = self
             .sockets
             .iter()
             .filter(|socket| socket.netns == row.netns && socket.ends == ends)
             .collect();
         let (pids, sources, holders) = match known[..] {
-            [] => self.of_unaccepted(row),
+            [] => self.of_unaccepted(row, older),
             // Which of several listeners of a port is which can't be told by their ends.
             _ => {
                 let mut pids = BTreeSet::new();
@@ -339,6 +359,11 @@ impl Book {
                         _ => socket.holders.len(),
                     };
                     let (owners, words) = self.owner(socket, count > 0);
+                    // A timewait socket that took its place before the daemon began is nobody's.
+                    if owners.is_empty() || (older && row.state == "TIME_WAIT") {
+                        pids.insert(None);
+                        sources.insert("none");
+                    }
                     pids.extend(owners.into_iter().map(Some));
                     sources.extend(words);
                     holders.insert((count > 0).then_some(count as u64));
@@ -392,6 +417,7 @@ impl Book {
     fn of_unaccepted(
         &self,
         row: &Row,
+        older: bool,
     ) -> (
         BTreeSet<Option<u32>>,
         BTreeSet<&'static str>,
@@ -409,6 +435,9 @@ impl Book {
             pids = BTreeSet::from([None]);
         } else if pids.len() > 1 {
             // Which listener the kernel took is told by the events of some kernels only.
+            pids.insert(None);
+        } else if older && !["ESTABLISHED", "CLOSE_WAIT"].contains(&row.state.as_str()) {
+            // That it waited for its accept shows in a life only.
             pids.insert(None);
         }
         if pids.contains(&None) {
