@@ -6,6 +6,7 @@ mod check;
 mod clock;
 mod daemon;
 mod list;
+mod memory;
 mod pages;
 mod proof;
 mod streams;
@@ -35,6 +36,7 @@ use crate::owner;
 /// 1 all else.
 #[must_use]
 pub fn run() -> ExitCode {
+    memory::share_one_heap();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
@@ -147,7 +149,7 @@ fn attach(
         NetnsSelection::All => kernel::Netns::All,
         NetnsSelection::One(inode) => kernel::Netns::Inode(inode),
     };
-    Ok(Session::start(&kernel::Options {
+    let session = Session::start(&kernel::Options {
         netns,
         ring_size,
         path: path.map(|path| match path {
@@ -155,7 +157,10 @@ fn attach(
             Attach::TpBtfNoCookie => kernel::Path::TpBtfNoCookie,
             Attach::Tracepoint => kernel::Path::Tracepoint,
         }),
-    })?)
+    })?;
+    // What parsing BTF took.
+    memory::give_back();
+    Ok(session)
 }
 
 /// The first line of a stream that this process makes.
