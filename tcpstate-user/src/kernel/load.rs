@@ -231,7 +231,6 @@ impl Session {
         #[cfg(feature = "ebpf-log")]
         let log = aya_log::EbpfLogger::init(&mut ebpf)
             .map_err(|error| failed("open the debug log")(&error))?;
-        give_back_memory();
         Ok(Self {
             path,
             ring,
@@ -433,13 +432,4 @@ fn take<M: TryFrom<Map, Error = MapError>>(ebpf: &mut Ebpf, name: &str) -> Resul
         name: name.to_owned(),
     })?;
     M::try_from(map)
-}
-
-/// Returns to the system what parsing BTF took; musl does so by itself.
-fn give_back_memory() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: takes no pointer, and locks what it works on.
-    unsafe {
-        libc::malloc_trim(0);
-    }
 }

@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 
 use super::clock;
 use super::list::{MOST_LISTS, batches};
+use super::memory;
 use super::pages::Pages;
 use super::tracer::{self, Tracer};
 use super::{attach, runtime, say, select, start};
@@ -60,6 +61,7 @@ async fn serve(config: &DaemonConfig, without: &[Feature]) -> anyhow::Result<()>
         start: start(Source::Daemon, netns)?,
         list_places: Arc::new(Semaphore::new(MOST_LISTS)),
     };
+    tokio::spawn(memory::keep_giving_back());
     let listeners = Listeners {
         tcp,
         unix: Some(unix),

@@ -6,6 +6,7 @@ mod check;
 mod clock;
 mod daemon;
 mod list;
+mod memory;
 mod pages;
 mod proof;
 mod streams;
@@ -36,6 +37,7 @@ use crate::owner;
 /// 1 all else.
 #[must_use]
 pub fn run() -> ExitCode {
+    memory::share_one_heap();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() => {
@@ -148,11 +150,14 @@ fn attach(
         NetnsSelection::All => kernel::Netns::All,
         NetnsSelection::One(inode) => kernel::Netns::Inode(inode),
     };
-    Ok(Session::start(&kernel::Options {
+    let session = Session::start(&kernel::Options {
         netns,
         ring_size,
         without: without.to_vec(),
-    })?)
+    })?;
+    // What parsing BTF took.
+    memory::give_back();
+    Ok(session)
 }
 
 /// The first line of a stream that this process makes.
