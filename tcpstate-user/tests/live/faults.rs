@@ -12,7 +12,7 @@ use rustix::net::Shutdown;
 use serde_json::Value;
 
 use crate::daemon::{Daemon, LOOPBACK, Metrics, bpf_objects, in_namespace, is_there, storm};
-use crate::lab::{kernel_hides, until};
+use crate::lab::{emulated, kernel_hides, until};
 use crate::list::{STATES, proc_sockets};
 use crate::sockets::{Tcp, held};
 use crate::tracer::Tracer;
@@ -77,7 +77,8 @@ fn with(metrics: &Metrics, metric: &str, label: &str) -> f64 {
 fn a_daemon_that_was_stopped_tells_what_it_missed() {
     const STOPPED: Duration = Duration::from_secs(10);
     in_namespace(|_| {
-        let daemon = Daemon::start(&[]);
+        // So that an emulated machine fills it too.
+        let daemon = Daemon::start(&["--ring-size", "256KiB"]);
         let before = daemon.metrics();
         let listener = Tcp::listening(LOOPBACK, 200);
         let pair = || (Tcp::connected(listener.local()), listener.accept());
@@ -186,7 +187,11 @@ fn a_daemon_that_was_killed_leaves_nothing_and_the_next_adopts() {
         }
         ready.sort();
         println!("killed under load, ready again at {sockets} sockets after {ready:?}");
-        assert!(ready[0] < Duration::from_secs(2), "{ready:?}");
+        if emulated() {
+            println!("not judged on an emulated processor");
+        } else {
+            assert!(ready[0] < Duration::from_secs(2), "{ready:?}");
+        }
     });
 }
 

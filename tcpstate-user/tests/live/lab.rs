@@ -310,6 +310,12 @@ pub fn not_applicable(reason: &str) {
     println!("not applicable: {reason}");
 }
 
+/// Whether QEMU computes what the processor does: no time says anything there.
+pub fn emulated() -> bool {
+    let cpus = fs::read_to_string("/proc/cpuinfo");
+    cpus.expect("/proc is mounted").contains("QEMU TCG")
+}
+
 /// The kernel that tcpstate is developed on runs no tracing program, and counts no skip, while a thread of its own first
 /// process is the current task (`docs/principles.md`): what a timer does just then is told by no event.
 pub fn kernel_hides() -> bool {

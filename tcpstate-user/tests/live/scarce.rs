@@ -12,7 +12,8 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::daemon::{Daemon, LOOPBACK, in_namespace, refused, storm};
 use crate::faults::{gauges_of, kernels};
-use crate::lab::until;
+use crate::judge::kernel;
+use crate::lab::{not_applicable, until};
 use crate::tracer::product;
 
 /// Where the disk is full that its lines go to.
@@ -96,6 +97,10 @@ impl Drop for MemoryCgroup {
 #[test]
 fn a_memory_limit_that_is_too_low_is_told_at_the_start() {
     in_namespace(|_| {
+        if kernel() < (5, 11) {
+            not_applicable("maps are charged to no memory cgroup before 5.11");
+            return;
+        }
         let group = MemoryCgroup::new("100M").expect("a memory cgroup needs root");
         let door = group.door().expect("ours");
         let mut watch = Command::new(product());
