@@ -13,9 +13,10 @@ use crate::fuzz::shown;
 
 /// The iterator's records say the same however they are cut, and each descriptor is somebody's.
 pub fn sweep(bytes: &[u8]) {
+    const JIFFY_NS: u64 = 4_000_000;
     const RECORD: usize = size_of::<tcpstate_common::Holder>();
-    let whole = read(bytes);
-    let in_pieces = read(BufReader::with_capacity(7, bytes));
+    let whole = read(bytes, JIFFY_NS);
+    let in_pieces = read(BufReader::with_capacity(7, bytes), JIFFY_NS);
     assert_eq!(whole.is_ok(), bytes.len().is_multiple_of(RECORD));
     match (whole, in_pieces) {
         (Ok((holders, leads)), Ok(again)) => {

@@ -14,7 +14,6 @@ use zerocopy::{FromZeros, IntoBytes as _};
 use super::comm::comm_of;
 use super::lookup::start_ns_of;
 use super::{Containers, in_initial_pid_namespace};
-use crate::kernel::jiffy_ns;
 use crate::model::{Comm, Process};
 use crate::table::{Held, Holder, Identity, Record};
 
@@ -27,12 +26,12 @@ pub struct Swept {
 }
 
 /// `file`: the iterator's, as [`Session::begin_sweep`](crate::kernel::Session::begin_sweep) gives it. It runs only where
-/// sockets have cookies.
+/// sockets have cookies. `jiffy_ns`: how long a jiffy is.
 ///
 /// # Errors
 /// Where it can't be read to its end.
-pub fn by_iterator(file: File) -> io::Result<Swept> {
-    let (holders, leads) = read(BufReader::with_capacity(READ_LEN, file))?;
+pub fn by_iterator(file: File, jiffy_ns: u64) -> io::Result<Swept> {
+    let (holders, leads) = read(BufReader::with_capacity(READ_LEN, file), jiffy_ns)?;
     Ok(Swept {
         holders: holders.list(),
         leads,
@@ -43,10 +42,12 @@ pub fn by_iterator(file: File) -> io::Result<Swept> {
 const READ_LEN: usize = 32 * 1024;
 
 /// The holders, and the leads, that the iterator's records tell.
-pub(super) fn read(mut records: impl BufRead) -> io::Result<(Holders, FxHashSet<(u32, u32)>)> {
+pub(super) fn read(
+    mut records: impl BufRead,
+    jiffy_ns: u64,
+) -> io::Result<(Holders, FxHashSet<(u32, u32)>)> {
     let mut holders = Holders::default();
     let mut leads = FxHashSet::default();
-    let jiffy_ns = jiffy_ns();
     let mut last = None;
     while !records.fill_buf()?.is_empty() {
         let mut found = tcpstate_common::Holder::new_zeroed();
@@ -215,6 +216,8 @@ mod tests {
         assert_eq!(inode(Path::new("socket:[99999999999]")), None);
     }
 
+    const JIFFY_NS: u64 = 4_000_000;
+
     fn process(pid: u32) -> Process {
         Process {
             pid,
@@ -266,7 +269,10 @@ mod tests {
         ];
         // However the bytes are cut.
         for capacity in [1, 48, 49, READ_LEN] {
-            let read = read(BufReader::with_capacity(capacity, &*records.concat()));
+            let read = read(
+                BufReader::with_capacity(capacity, &*records.concat()),
+                JIFFY_NS,
+            );
             let (holders, leads) = read.expect("whole records");
             let expected = [holder(NOBODY, &[11, 12, 13]), holder(NOBODY - 1, &[11])];
             assert_eq!(holders.list(), expected);
@@ -298,7 +304,7 @@ mod tests {
     #[test]
     fn a_file_that_ends_within_a_record_is_an_error() {
         let bytes = [record(1, 7, 11), record(1, 7, 12)].concat();
-        let read = read(&bytes[..bytes.len() - 1]);
+        let read = read(&bytes[..bytes.len() - 1], JIFFY_NS);
         let error = read.map(drop).expect_err("a byte is missing");
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }

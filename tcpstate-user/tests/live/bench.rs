@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
-use tcpstate_user::kernel::{Netns, Options, RingSize, Session, snapshot};
+use tcpstate_user::kernel::{Netns, Options, RingSize, Session, jiffy_ns, snapshot};
 use tcpstate_user::model::{NetnsSelection, TcpState};
 use tcpstate_user::owner::{Swept, by_iterator, by_proc};
 use tcpstate_user::table::{Identity, Snapshot, StateMask};
@@ -141,7 +141,7 @@ fn snapshots_and_sweeps() {
             assert!(some.records.is_empty(), "nothing is closed");
             let swept = sweep.measure(|| {
                 let file = session.begin_sweep(false).expect("the iterator begins");
-                by_iterator(file).expect("it can be read")
+                by_iterator(file, jiffy_ns()).expect("it can be read")
             });
             check_sweep(&swept, &processes);
             let swept = files

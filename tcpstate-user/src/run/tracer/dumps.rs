@@ -16,9 +16,9 @@ use tokio::sync::oneshot;
 use super::work::Work;
 use super::{Command, SECOND_NS, State};
 use crate::filter::Selection;
-use crate::kernel::Session;
 use crate::kernel::netns::{Lead, NetnsError};
 use crate::kernel::snapshot::{self, SnapshotError, SocketIterator};
+use crate::kernel::{Session, jiffy_ns};
 use crate::model::view::View;
 use crate::model::{Comm, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{self, names};
@@ -269,7 +269,7 @@ impl State {
             FxHashSet::default()
         };
         let find = move || match iterator {
-            Some(file) => owner::by_iterator(file?),
+            Some(file) => owner::by_iterator(file?, jiffy_ns()),
             // A dump's sockets are joined with the table's by number only: which is which is not known.
             None if identity == Identity::Ends => Ok(owner::Swept::default()),
             None => {
