@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::{MissedTickBehavior, interval};
 
-/// Often enough that a burst does not count for long, and so rarely that it costs nothing to speak of.
+/// Often enough that a burst does not count for long.
 const PERIOD: Duration = Duration::from_secs(10);
 
 /// Has all threads allocate from one heap, before there are any. Else glibc gives them up to eight for each processor;

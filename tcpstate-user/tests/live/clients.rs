@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crate::daemon::{Daemon, in_namespace, storm};
 use crate::lab::until;
+use crate::sys;
 
 const DAEMON: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 10975);
 const REQUEST: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n";
@@ -123,6 +124,7 @@ fn besiege(clients: usize, text: &[u8], most: usize, pause: Duration, over: &Ato
 #[test]
 fn scrapes_are_quick_whatever_others_do() {
     in_namespace(|_| {
+        sys::allow_descriptors();
         let daemon = Daemon::start(&[]);
         let alone = must_be_quick("with nobody else", LIMIT / 20, scrapes);
         let pages = REQUEST.repeat(1000);
@@ -144,10 +146,10 @@ fn scrapes_are_quick_whatever_others_do() {
         ] {
             let over = AtomicBool::new(false);
             thread::scope(|scope| {
+                let _over = sys::SetOnDrop(&over);
                 scope.spawn(|| besiege(clients, text, most, pause, &over));
                 thread::sleep(Duration::from_secs(1));
                 must_be_quick(what, alone, scrapes);
-                over.store(true, Ordering::Relaxed);
             });
         }
         must_be_quick("of 200 at once", alone, || scrapes_together(200));

@@ -15,6 +15,7 @@ use crate::daemon::{Daemon, LOOPBACK, Metrics, bpf_objects, in_namespace, is_the
 use crate::lab::{emulated, kernel_hides, until};
 use crate::list::{STATES, proc_sockets};
 use crate::sockets::{Tcp, held};
+use crate::sys;
 use crate::tracer::Tracer;
 
 /// What the kernel has of each state, in the calling thread's namespace; zeros too. CLOSE has no gauge.
@@ -58,6 +59,9 @@ fn storms(time: Duration) -> u64 {
     })
 }
 
+/// Nothing but transitions is in the ring then: accepts and the ends of timewait sockets are records of their own.
+const TRANSITIONS: [&str; 2] = ["--without", "accept_fexit,time_wait_fentry"];
+
 fn storm_on(processor: usize, time: Duration) -> u64 {
     let mut set = rustix::thread::CpuSet::new();
     set.set(processor);
@@ -78,7 +82,7 @@ fn a_daemon_that_was_stopped_tells_what_it_missed() {
     const STOPPED: Duration = Duration::from_secs(10);
     in_namespace(|_| {
         // So that an emulated machine fills it too.
-        let daemon = Daemon::start(&["--ring-size", "256KiB"]);
+        let daemon = Daemon::start(&["--ring-size", "256KiB", TRANSITIONS[0], TRANSITIONS[1]]);
         let before = daemon.metrics();
         let listener = Tcp::listening(LOOPBACK, 200);
         let pair = || (Tcp::connected(listener.local()), listener.accept());
@@ -108,7 +112,7 @@ fn a_daemon_that_was_stopped_tells_what_it_missed() {
         assert_eq!(counted, grew("tcpstate_events_received_total") + lost);
         assert!(lost > 0.0, "the ring held all");
         assert!(
-            (expected - skipped..=expected).contains(&counted),
+            counted <= expected && (counted >= expected - skipped || kernel_hides()),
             "{counted} transitions, of which the kernel skipped {skipped}, rather than {expected}"
         );
 
@@ -216,8 +220,8 @@ fn tracers_do_not_disturb_each_other() {
     in_namespace(|inode| {
         let inode = inode.to_string();
         let daemons = [
-            Daemon::start(&[]),
-            Daemon::at("127.0.0.1:10976", "self", &[]),
+            Daemon::start(&TRANSITIONS),
+            Daemon::at("127.0.0.1:10976", "self", &TRANSITIONS),
         ];
         let arguments = [
             "watch", "--direct", "-o", "json", "--raw", "--netns", &inode,
@@ -267,7 +271,8 @@ fn tracers_do_not_disturb_each_other() {
 fn what_the_kernel_skips_is_counted() {
     const ROUNDS: usize = 5;
     in_namespace(|_| {
-        let daemon = Daemon::start(&[]);
+        let daemon = Daemon::start(&TRANSITIONS);
+        sys::allow_descriptors();
         for _ in 0..ROUNDS {
             let before = daemon.metrics();
             let workers = 8;

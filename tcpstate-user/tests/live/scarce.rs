@@ -48,7 +48,13 @@ fn a_daemon_without_descriptors_goes_on() {
         prlimit(pid, Resource::Nofile, limit).expect("our child");
         let before = daemon.metrics();
         let address = SocketAddr::new(LOOPBACK, 10975);
-        let silent: Vec<_> = (0..100).map(|_| TcpStream::connect(address)).collect();
+        let silent: Vec<_> = (0..100)
+            .map(|_| TcpStream::connect(address).expect("connected"))
+            .collect();
+        let files = format!("/proc/{}/fd", daemon.pid());
+        until("it has as many as it may", || {
+            fs::read_dir(&files).expect("ours").count() as u64 == open + 20
+        });
         let connections = storm(Duration::from_secs(2));
         drop(silent);
         until("it answers, and the gauges are the kernel's", || {

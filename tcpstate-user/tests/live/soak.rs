@@ -117,7 +117,11 @@ fn memory_of_streams_that_are_gone_goes_back() {
         storm(Duration::from_secs(1));
         let before = resident();
         let streams: Vec<_> = (0..4).map(|_| daemon.events("")).collect();
-        storm(Duration::from_secs(3));
+        let dropped = "tcpstate_stream_lines_dropped_total";
+        until("the queues are full", || {
+            storm(Duration::from_secs(1));
+            daemon.metrics().get(dropped) > 0.0
+        });
         let full = resident();
         drop(streams);
         assert!(full > before + 32e6, "the queues took no memory");
@@ -151,6 +155,7 @@ fn a_daemon_under_random_load_does_not_grow() {
                 let (over, connections) = (&over, &connections);
                 scope.spawn(move || work(seed, over, connections));
             }
+            let _over = crate::sys::SetOnDrop(&over);
             let mut random = Random(WORKERS);
             let end = Instant::now() + Duration::from_secs(60 * minutes);
             while Instant::now() < end {
@@ -163,7 +168,6 @@ fn a_daemon_under_random_load_does_not_grow() {
                     files: metrics.get("process_open_fds"),
                 });
             }
-            over.store(true, Ordering::Relaxed);
         });
         let quarter = samples.len() / 4;
         let [second, last] = [&samples[quarter..2 * quarter], &samples[3 * quarter..]];

@@ -7,13 +7,16 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
-use rustix::process::{Pid, WaitId, WaitIdOptions, WaitIdStatus, waitid};
+use rustix::process::{
+    Pid, Resource, Rlimit, WaitId, WaitIdOptions, WaitIdStatus, setrlimit, waitid,
+};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// Moves the calling thread into a network namespace of its own, with loopback up, and gives its inode.
@@ -415,4 +418,23 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 
 pub const fn v6(last: u16) -> IpAddr {
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last))
+}
+
+/// More files than the thousand that many a shell allows.
+pub fn allow_descriptors() {
+    const MANY: Option<u64> = Some(1 << 16);
+    let limit = Rlimit {
+        current: MANY,
+        maximum: MANY,
+    };
+    setrlimit(Resource::Nofile, limit).expect("root may");
+}
+
+/// What threads of a scope wait for is there also when the scope's body panics.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }

@@ -16,7 +16,7 @@ const HEAD: &str = "\
 # Kernels
 
 Which ways tcpstate takes on which kernel, as `tcpstate check` said it on Debian's. On yours it says the same of yours. \
-`cargo xtask vm` writes this page, from a run of all live tests on all of these kernels.
+`cargo xtask vm` writes this page, from a run of all live tests on all of these kernels, random campaigns cut short.
 
 ";
 
