@@ -102,6 +102,7 @@ impl Table {
         let accepted = self
             .owners
             .accepted_early(self.event_key(second), first.time_ns);
+        let (accepted_ns, accepted) = accepted.unzip();
         let known = accepted.or_else(|| self.listener_of(first, &socket));
         own_by(&mut socket, known);
         let before = self.take_request(&socket).as_ref().map(Place::of);
@@ -123,6 +124,7 @@ impl Table {
         };
         let full = Full {
             begun_ns: first.time_ns,
+            accepted_ns: accepted_ns.unwrap_or(0),
             ..Full::new(socket, stay, first.time_ns)
         };
         self.full.insert(self.event_key(second), full);
@@ -193,7 +195,10 @@ impl Table {
             full.event_ns = event.time_ns;
             full.missed = false;
             update(&mut full.socket, event);
-            own_by(&mut full.socket, accepted);
+            if let Some((accepted_ns, known)) = accepted {
+                full.accepted_ns = accepted_ns;
+                own_by(&mut full.socket, Some(known));
+            }
             own(&mut full.socket, event, container);
             if from != to && to != TcpState::CLOSE {
                 full.socket.state = to;

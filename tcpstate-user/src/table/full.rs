@@ -11,7 +11,7 @@ use super::listeners::Listeners;
 use super::owners::Known;
 use super::store::Store;
 use super::{Identity, Record, Socket, Stay, Tuple};
-use crate::model::Endpoint;
+use crate::model::{Endpoint, OwnerSource};
 
 /// A socket that events follow.
 #[derive(Debug)]
@@ -20,6 +20,8 @@ pub(super) struct Full {
     pub(super) stay: Stay,
     /// When its beginning was seen; 0 where that was not.
     pub(super) begun_ns: u64,
+    /// When it was accepted; 0 where no event told that.
+    pub(super) accepted_ns: u64,
     /// Time of its newest event; 0 for one that only a dump has shown.
     pub(super) event_ns: u64,
     /// Number of the last dump that showed it.
@@ -57,11 +59,21 @@ impl Full {
             socket,
             stay,
             begun_ns: 0,
+            accepted_ns: 0,
             event_ns,
             seen: 0,
             missed: false,
             timewait: None,
             dumped: None,
+        }
+    }
+
+    /// When an event told who made it or took it; `None` where its owner is known otherwise.
+    pub(super) fn owned_ns(&self) -> Option<u64> {
+        match self.socket.owner?.source {
+            OwnerSource::Connect | OwnerSource::Listen => Some(self.begun_ns),
+            OwnerSource::Accept => Some(self.accepted_ns),
+            OwnerSource::Sweep | OwnerSource::Listener | OwnerSource::Closer => None,
         }
     }
 }
@@ -145,8 +157,8 @@ impl FullSockets {
     }
 
     /// To change its owner, by which no socket is found.
-    pub(super) fn socket_mut(&mut self, key: u64) -> Option<&mut Socket> {
-        self.by_key.get_mut(key).map(|full| &mut full.socket)
+    pub(super) fn get_mut(&mut self, key: u64) -> Option<&mut Full> {
+        self.by_key.get_mut(key)
     }
 
     /// The key must be free.

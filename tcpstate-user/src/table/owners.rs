@@ -27,11 +27,11 @@ impl Owners {
         self.early.retain(|_, (time_ns, _)| *time_ns >= before_ns);
     }
 
-    /// Who accepted a connection that is new to the table. An accept before `since_ns` was of another socket, which had
-    /// the same address.
-    pub(super) fn accepted_early(&mut self, key: u64, since_ns: u64) -> Option<Known> {
-        let (time_ns, known) = self.early.remove(&key)?;
-        (time_ns >= since_ns).then_some(known)
+    /// When a connection that is new to the table was accepted, and by whom. An accept before `since_ns` was of another
+    /// socket, which had the same address.
+    pub(super) fn accepted_early(&mut self, key: u64, since_ns: u64) -> Option<(u64, Known)> {
+        let accept = self.early.remove(&key)?;
+        (accept.0 >= since_ns).then_some(accept)
     }
 
     /// To be called when a socket is a connection now. Where accepts are seen, one that was taken from a listener's queue
@@ -74,9 +74,10 @@ impl Table {
             source: OwnerSource::Accept,
         };
         let known = (owner, container.cloned());
-        match self.full.socket_mut(key) {
-            Some(socket) if socket.state != TcpState::LISTEN => {
-                give(socket, known, event.time_ns, &mut sink);
+        match self.full.get_mut(key) {
+            Some(full) if full.socket.state != TcpState::LISTEN => {
+                full.accepted_ns = event.time_ns;
+                give(&mut full.socket, known, event.time_ns, &mut sink);
             }
             _ => {
                 self.owners.early.insert(key, (event.time_ns, known));

@@ -95,10 +95,13 @@ impl Table {
         {
             return;
         }
-        let known = self.owners.accepted_early(key, 0);
+        let (accepted_ns, known) = self.owners.accepted_early(key, 0).unzip();
         let mut socket = found_socket(record, self.new_id(record.cookie));
         own_by(&mut socket, known);
         self.found(key, socket, record, dump, Some(Dumped::of(record)), sink);
+        if let (Some(accepted_ns), Some(full)) = (accepted_ns, self.full.get_mut(key)) {
+            full.accepted_ns = accepted_ns;
+        }
     }
 
     /// Whether it may be one of `children`, by what their first events tell of the ends.

@@ -155,15 +155,19 @@ impl Table {
     ) -> Option<usize> {
         let (part, next) = self.full.part_mut(from, most);
         for (key, full) in part {
+            // The sweep may have come to that process before, and since to one that was forked for an instant.
+            let told_since = full.owned_ns() >= Some(sweep.started_ns);
             let socket = &mut full.socket;
             if sweep.held.is_some() {
                 // Of what it does not show the count is unknown: not accepted, orphaned, or not ours to look into.
                 socket.holders = None;
             }
             if let Some(found) = sweep.found(key, full.begun_ns, self.identity) {
-                let holder = &sweep.holders[found.first];
-                socket.holders = Some(found.holders);
-                give(socket, as_held(socket.owner, holder), time_ns, sink);
+                if !told_since {
+                    let holder = &sweep.holders[found.first];
+                    socket.holders = Some(found.holders);
+                    give(socket, as_held(socket.owner, holder), time_ns, sink);
+                }
                 if let Some(quiet_ns) = found.quiet_ns {
                     let acked_ns = sweep.finished_ns.saturating_sub(quiet_ns.get());
                     full.stay.begun_by(socket.state, acked_ns, sweep.started_ns);
@@ -183,9 +187,9 @@ impl Table {
     fn waiting_for_accept(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
         let waits = self.full.get(key).filter(|full| may_wait(full));
         if let Some(known) = waits.and_then(|full| self.listening(&full.socket))
-            && let Some(socket) = self.full.socket_mut(key)
+            && let Some(full) = self.full.get_mut(key)
         {
-            give(socket, known, time_ns, sink);
+            give(&mut full.socket, known, time_ns, sink);
         }
     }
 }

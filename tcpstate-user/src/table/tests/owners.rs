@@ -338,6 +338,59 @@ fn a_socket_that_received_no_ack_for_long_is_no_younger() {
     assert_eq!(watched.rows()[0].since_ns, 20_000 * MS);
 }
 
+/// The sweep came to who accepts or connects too early, and to a process that was forked for an instant in time.
+#[test]
+fn a_sweep_that_began_before_an_event_told_the_owner_does_not_overrule_it() {
+    const FORKED: u32 = 60;
+    let unaccepted = [
+        listen(1),
+        child(5, LISTEN, SYN_RECV),
+        child(6, SYN_RECV, ESTABLISHED),
+    ];
+    let taken = || accept(20, CHILD, WORKER, "worker");
+    let connects = called(event(20, CHILD, CLOSE, SYN_SENT), WORKER, "worker");
+    for identity in [Identity::Cookie, Identity::Address] {
+        let mut accepted = run(identity, &unaccepted);
+        accepted.accepted(&taken());
+        let mut early = run(identity, &unaccepted[..2]);
+        early.accepted(&taken());
+        early.apply(&child(21, SYN_RECV, ESTABLISHED));
+        let mut dumped = run(identity, &[]);
+        dumped.accepted(&taken());
+        dumped.reconcile(&dump(50, 51, vec![child_record(50, 1)]));
+        for (mut watched, source) in [
+            (accepted, OwnerSource::Accept),
+            (early, OwnerSource::Accept),
+            (dumped, OwnerSource::Accept),
+            (run(identity, &[connects]), OwnerSource::Connect),
+        ] {
+            let key = match identity {
+                Identity::Cookie => u64::from(CHILD),
+                Identity::Address | Identity::Ends => address(CHILD),
+            };
+            let sweep = |began_ms: u64, pid| {
+                let found = Holder {
+                    sockets: vec![held(key)],
+                    ..holder(process(pid, "found"), &[])
+                };
+                let time_ns = (began_ms * MS, 60 * MS);
+                Sweep::new(Some(vec![found]), FxHashMap::default(), time_ns)
+            };
+            for began_ms in [10, 20] {
+                watched.sweep(60, sweep(began_ms, FORKED));
+                assert_eq!(watched.owner(CHILD), Some((WORKER, source)));
+                // Nor is that one the only holder.
+                assert_eq!(watched.socket(CHILD).holders, None);
+            }
+            // Passed on: one that began later is right.
+            watched.sweep(61, sweep(21, FORKED));
+            let swept = Some((FORKED, OwnerSource::Sweep));
+            assert_eq!(watched.owner(CHILD), swept);
+            assert_eq!(watched.socket(CHILD).holders, Some(1));
+        }
+    }
+}
+
 #[test]
 fn a_sweep_moves_what_a_renamed_process_holds() {
     let connects = called(event(1, 7, CLOSE, SYN_SENT), WORKER, "shell");
