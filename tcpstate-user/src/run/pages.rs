@@ -10,10 +10,12 @@ use crate::export::prometheus;
 
 type Page = Result<Bytes, Refusal>;
 
-/// Who asks while a page is made gets the next one, for what happened meanwhile is not in this one. Bounded by the
-/// connections that may ask.
+/// That wait in the queue; more wait for a place there, and leave nothing if they give up.
+const ASKS: usize = 64;
+
+/// Who asks while a page is made gets the next one, for what happened meanwhile is not in this one.
 #[derive(Clone)]
-pub struct Pages(mpsc::UnboundedSender<oneshot::Sender<Page>>);
+pub struct Pages(mpsc::Sender<oneshot::Sender<Page>>);
 
 impl Pages {
     /// Must be called within a runtime; ends with the last handle.
@@ -27,13 +29,16 @@ impl Pages {
 
     fn made_by<F>(make: impl Fn() -> F + Send + 'static) -> Self
     where
-        F: Future<Output = Page> + Send,
+        F: Future<Output = Page> + Send + 'static,
     {
-        let (asks, mut asked) = mpsc::unbounded_channel();
+        let (asks, mut asked) = mpsc::channel(ASKS);
         tokio::spawn(async move {
             let mut waiting: Vec<oneshot::Sender<Page>> = Vec::new();
-            while asked.recv_many(&mut waiting, usize::MAX).await > 0 {
-                let page = make().await;
+            while asked.recv_many(&mut waiting, ASKS).await > 0 {
+                // A task of its own, so that a panic costs one page. Its message is on stderr then.
+                let page = tokio::spawn(make()).await;
+                let page = page
+                    .unwrap_or_else(|_| Err(Refusal::Busy("making the page panicked".to_owned())));
                 for reply in waiting.drain(..) {
                     // Who asked may have given up.
                     let _ = reply.send(page.clone());
@@ -47,7 +52,7 @@ impl Pages {
     pub async fn page(&self) -> Page {
         let stopped = |_| Refusal::Busy("the daemon is ending".to_owned());
         let (reply, page) = oneshot::channel();
-        self.0.send(reply).map_err(|_| stopped(()))?;
+        self.0.send(reply).await.map_err(|_| stopped(()))?;
         page.await.unwrap_or_else(|_| Err(stopped(())))
     }
 }
@@ -104,5 +109,19 @@ mod tests {
             assert_eq!(other.await.unwrap(), "2");
         }
         assert_eq!(begun.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_one_page() {
+        let begun = AtomicU64::new(0);
+        let pages = Pages::made_by(move || {
+            let number = begun.fetch_add(1, Ordering::Relaxed);
+            async move {
+                assert!(number > 0, "the first can't be made");
+                Ok(Bytes::new())
+            }
+        });
+        assert!(matches!(pages.page().await, Err(Refusal::Busy(_))));
+        assert_eq!(pages.page().await.unwrap(), Bytes::new());
     }
 }
