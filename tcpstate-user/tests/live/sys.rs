@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 use rustix::process::{
-    Pid, Resource, Rlimit, WaitId, WaitIdOptions, WaitIdStatus, setrlimit, waitid,
+    Pid, Resource, Rlimit, WaitId, WaitIdOptions, WaitIdStatus, getrlimit, setrlimit, waitid,
 };
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
@@ -420,14 +420,16 @@ pub const fn v6(last: u16) -> IpAddr {
     IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, last))
 }
 
-/// More files than the thousand that many a shell allows.
+/// As many files as may be, which is more than the thousand of many a shell.
 pub fn allow_descriptors() {
-    const MANY: Option<u64> = Some(1 << 16);
-    let limit = Rlimit {
-        current: MANY,
-        maximum: MANY,
+    const ENOUGH: u64 = 1 << 13;
+    let limit = getrlimit(Resource::Nofile);
+    let most = limit.maximum.map(|most| most.max(ENOUGH));
+    let raised = Rlimit {
+        current: most,
+        maximum: most,
     };
-    setrlimit(Resource::Nofile, limit).expect("root may");
+    setrlimit(Resource::Nofile, raised).expect("a limit of 8,192 files");
 }
 
 /// What threads of a scope wait for is there also when the scope's body panics.
