@@ -108,7 +108,8 @@ impl Backend for Fake {
     }
 }
 
-fn start() -> Start {
+/// Of a stream from nobody.
+pub(super) fn start() -> Start {
     Start {
         time_ns: 1,
         host: "h".to_owned(),

@@ -13,9 +13,10 @@ use tokio::sync::oneshot;
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
+use super::fuzz::start;
 use super::*;
 use crate::export::client::{ConnectError, Events};
-use crate::model::{Loss, LossReason, NetnsSelection, Source};
+use crate::model::{Loss, LossReason};
 
 const SOON: Duration = Duration::from_secs(10);
 
@@ -24,17 +25,6 @@ struct Fake {
     ready: AtomicBool,
     /// Who subscribed, and the way to them.
     readers: Mutex<Vec<(Subscription, mpsc::Sender<Vec<Line>>)>>,
-}
-
-fn start() -> Start {
-    Start {
-        time_ns: 1,
-        host: "h".to_owned(),
-        boot_id: "b".to_owned(),
-        version: "v".to_owned(),
-        source: Source::Daemon,
-        netns: NetnsSelection::All,
-    }
 }
 
 fn line(count: u64) -> Line {
