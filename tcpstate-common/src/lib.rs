@@ -10,6 +10,7 @@ pub mod event;
 pub mod socket;
 pub mod state;
 pub mod tracepoint;
+pub mod wire;
 
 pub use event::{Accept, Event, Holder, SetState, TimeWait};
 pub use socket::Socket;

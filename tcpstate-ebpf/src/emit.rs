@@ -4,31 +4,67 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use tcpstate_common::{
-    Accept, SetState, TimeWait,
+    Accept, TimeWait,
     counters::{SLOTS, transition_slot},
+    event::AF_INET,
+    wire::{Addrs6, Head, With},
 };
 
-use crate::maps::{COUNTERS, LOST, RING, switch};
+use crate::{
+    maps::{COUNTERS, LOST, RING, switch},
+    process::Process,
+};
 
 /// How often a transition of the same kind on the same CPU looks whether the reader is to be woken.
 const LOOK_EACH: u64 = 32;
 
-/// Counts the transition, and sends the record that `fill` makes of the loss count.
+/// Where the addresses are a part of their own.
+const NO_ADDRS: [[u8; 4]; 2] = [[0; 4]; 2];
+
+/// A transition that is counted; to be sent.
+pub struct Counted {
+    slot: *mut u64,
+}
+
+/// Counts the transition.
 #[inline(always)]
-pub fn transition(from: u32, to: u32, fill: impl FnOnce(u32) -> SetState) {
+pub fn count(from: u32, to: u32) -> Option<Counted> {
     // Element 0 of an array is always there; to ask is for the verifier.
-    let Some(counters) = COUNTERS.get_ptr_mut(0) else {
-        return;
-    };
+    let counters = COUNTERS.get_ptr_mut(0)?.cast::<u64>();
     // SAFETY: the slot is below SLOTS, the number of u64 behind the pointer.
-    let slot = unsafe {
-        counters
-            .cast::<u64>()
-            .add(bounded(transition_slot(from, to)))
-    };
+    let slot = unsafe { counters.add(bounded(transition_slot(from, to))) };
     add_one(slot);
-    // SAFETY: it lies in a map element, which lives as long as the program.
-    send(fill, || wake_up(unsafe { slot.read() }));
+    Some(Counted { slot })
+}
+
+impl Counted {
+    /// Sends the record with as few parts as say everything. `head` makes the first of the loss count and the addresses of
+    /// IPv4: those that are given where `addrs6` is none, else nothing.
+    #[inline(always)]
+    pub fn send(
+        self,
+        family: u16,
+        caller: Option<Process>,
+        addrs4: impl Fn() -> [[u8; 4]; 2],
+        addrs6: impl Fn() -> Addrs6,
+        head: impl Fn(u32, [[u8; 4]; 2]) -> Head,
+    ) {
+        // The kernel wants to know the size of what it reserves when it loads the program: hence four times.
+        match (family == AF_INET, caller) {
+            (true, None) => self.push(|lost| head(lost, addrs4())),
+            (true, Some(by)) => self.push(|lost| With(head(lost, addrs4()), by.caller())),
+            (false, None) => self.push(|lost| With(head(lost, NO_ADDRS), addrs6())),
+            (false, Some(by)) => {
+                self.push(|lost| With(With(head(lost, NO_ADDRS), addrs6()), by.caller()));
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn push<T: 'static>(self, fill: impl FnOnce(u32) -> T) {
+        // SAFETY: it lies in a map element, which lives as long as the program.
+        send(fill, || wake_up(unsafe { self.slot.read() }));
+    }
 }
 
 /// Sends the record that `fill` makes of the loss count. The reader's tick finds it.

@@ -10,6 +10,7 @@ use aya_ebpf::helpers::{
 use tcpstate_common::{
     TcpState,
     event::{COMM_LEN, RCV_SHUTDOWN, SEND_SHUTDOWN},
+    wire::Caller,
 };
 
 use crate::maps::offset;
@@ -22,6 +23,7 @@ const PF_KTHREAD: u32 = 0x0020_0000;
 const SHUTDOWN_MASK: u8 = RCV_SHUTDOWN | SEND_SHUTDOWN;
 
 /// The process fields of a record.
+#[derive(Clone, Copy)]
 pub struct Process {
     pub tgid: u32,
     /// 0 where it can't be read.
@@ -47,7 +49,7 @@ pub fn by_call(from: TcpState, to: TcpState) -> bool {
 ///
 /// An orphan has no caller: a close in SYN_RECV becomes FIN_WAIT1 only at the peer's ACK (6.9+).
 #[inline(always)]
-pub fn by_call_on(from: TcpState, to: TcpState, err: u16, shutdown: u8, dead: bool) -> bool {
+pub fn by_call_on(from: TcpState, to: TcpState, err: i32, shutdown: u8, dead: bool) -> bool {
     if dead {
         return false;
     }
@@ -136,13 +138,6 @@ impl Leader {
 }
 
 impl Process {
-    pub const NOBODY: Self = Self {
-        tgid: 0,
-        start_ns: 0,
-        cgroup_id: 0,
-        comm: [0; COMM_LEN / 8],
-    };
-
     /// The current one; `None` for a kernel thread.
     #[inline(always)]
     pub fn current<R: ReadTask>() -> Option<Self> {
@@ -158,6 +153,17 @@ impl Process {
             cgroup_id: current_cgroup_id(),
             comm: leader.comm,
         })
+    }
+
+    #[inline(always)]
+    pub fn caller(self) -> Caller {
+        Caller {
+            start_ns: self.start_ns,
+            cgroup_id: self.cgroup_id,
+            comm: zerocopy::transmute!(self.comm),
+            tgid: self.tgid,
+            pad: 0,
+        }
     }
 
     /// The current one without BTF. The start time stays unknown, and the name too in any thread but the leader: the

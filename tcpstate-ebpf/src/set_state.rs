@@ -10,13 +10,14 @@ use aya_ebpf::{
     programs::{BtfTracePointContext, TracePointContext},
 };
 use tcpstate_common::{
-    SetState, TcpState,
-    event::{FLAG_DEAD, FLAG_DONE, FLAG_SOCKET_READ, FLAG_TASK},
+    TcpState,
+    event::{AF_INET6, FLAG_DEAD, FLAG_DONE, FLAG_NO_LINGER, FLAG_SOCKET_READ},
     tracepoint::InetSockSetState,
+    wire::{Addrs6, Head},
 };
 
 use crate::{
-    emit::transition,
+    emit::count,
     process::{Direct, Probe, Process, ReadTask, by_call, by_call_on},
     sock::{IPPROTO_TCP, Sock},
 };
@@ -49,7 +50,7 @@ pub fn set_state_classic(ctx: TracePointContext) -> u32 {
 }
 
 #[inline(always)]
-fn typed<R: ReadTask>(ctx: &BtfTracePointContext, cookie: impl FnOnce(Sock) -> u64) {
+fn typed<R: ReadTask>(ctx: &BtfTracePointContext, cookie: impl Fn(Sock) -> u64) {
     // TP_PROTO(const struct sock *sk, const int oldstate, const int newstate)
     let sk = Sock::new(ctx.arg(0));
     let (from, to): (u32, u32) = (ctx.arg(1), ctx.arg(2));
@@ -61,16 +62,18 @@ fn typed<R: ReadTask>(ctx: &BtfTracePointContext, cookie: impl FnOnce(Sock) -> u
     };
     log!(ctx, from, to);
 
-    transition(from, to, |lost| {
-        let [from, to] = [from as u8, to as u8];
-        let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
-        let (family, sk_err, shutdown, flags) = (sk.family(), sk.err(), sk.shutdown(), sk.flags());
-        let caller = if by_call_on(old, new, sk_err, shutdown, flags.dead()) {
-            Process::current::<R>()
-        } else {
-            None
-        };
-        let (task, process) = caller.map_or((0, Process::NOBODY), |process| (FLAG_TASK, process));
+    let Some(counted) = count(from, to) else {
+        return;
+    };
+    let [from, to] = [from as u8, to as u8];
+    let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
+    let (sk_err, shutdown, flags) = (sk.err(), sk.shutdown(), sk.flags());
+    let caller = if by_call_on(old, new, sk_err, shutdown, flags.dead()) {
+        Process::current::<R>()
+    } else {
+        None
+    };
+    let head = |lost, [local_addr, remote_addr]: [[u8; 4]; 2]| {
         // The port that the socket holds: at CLOSE→SYN_SENT it may have none yet, where a reused socket's header still
         // shows the old one; before →CLOSE it gave it back, and only the header shows it.
         let (local_port, linger2) = match if new == TcpState::CLOSE {
@@ -82,33 +85,32 @@ fn typed<R: ReadTask>(ctx: &BtfTracePointContext, cookie: impl FnOnce(Sock) -> u
             Some(tcp) if old == TcpState::FIN_WAIT2 => (tcp.sport(), tcp.linger2()),
             Some(tcp) => (tcp.sport(), 0),
         };
-        SetState {
+        Head {
             time_ns: now(),
             sk: sk.as_ptr() as u64,
             cookie: cookie(sk),
-            start_ns: process.start_ns,
-            cgroup_id: process.cgroup_id,
             netns,
-            tgid: process.tgid,
             uid: sk.uid(),
-            linger2,
-            local_addr: sk.local_addr(family),
-            remote_addr: sk.remote_addr(family),
-            comm: zerocopy::transmute!(process.comm),
+            lost,
+            sk_err,
+            local_addr,
+            remote_addr,
             local_port,
             remote_port: sk.remote_port(),
-            family,
-            sk_err,
-            lost,
             from,
             to,
             shutdown,
             flags: FLAG_SOCKET_READ
-                | task
+                | if linger2 < 0 { FLAG_NO_LINGER } else { 0 }
                 | if flags.dead() { FLAG_DEAD } else { 0 }
                 | if flags.done() { FLAG_DONE } else { 0 },
         }
-    });
+    };
+    let addrs6 = || Addrs6 {
+        local_addr: sk.local_addr(AF_INET6),
+        remote_addr: sk.remote_addr(AF_INET6),
+    };
+    counted.send(sk.family(), caller, || sk.addrs4(), addrs6, head);
 }
 
 #[inline(always)]
@@ -127,43 +129,40 @@ fn classic(ctx: &TracePointContext) {
     let (from, to) = (field!(oldstate) as u32, field!(newstate) as u32);
     log!(ctx, from, to);
 
-    transition(from, to, |lost| {
-        let [from, to] = [from as u8, to as u8];
-        let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
-        let (task, process) = if by_call(old, new) {
-            (FLAG_TASK, Process::current_without_btf())
+    let Some(counted) = count(from, to) else {
+        return;
+    };
+    let [from, to] = [from as u8, to as u8];
+    let (old, new) = (TcpState::from_kernel(from), TcpState::from_kernel(to));
+    let caller = by_call(old, new).then(Process::current_without_btf);
+    let head = |lost, [local_addr, remote_addr]: [[u8; 4]; 2]| Head {
+        time_ns: now(),
+        sk: field!(skaddr),
+        cookie: 0,
+        netns: 0,
+        uid: u32::MAX,
+        lost,
+        sk_err: 0,
+        local_addr,
+        remote_addr,
+        // A reused socket still shows its old port here, and nothing tells it from a new one.
+        local_port: if new == TcpState::SYN_SENT {
+            0
         } else {
-            (0, Process::NOBODY)
-        };
-        SetState {
-            time_ns: now(),
-            sk: field!(skaddr),
-            cookie: 0,
-            start_ns: process.start_ns,
-            cgroup_id: process.cgroup_id,
-            netns: 0,
-            tgid: process.tgid,
-            uid: u32::MAX,
-            linger2: 0,
-            local_addr: zerocopy::transmute!([field!(saddr_v6[0]), field!(saddr_v6[1])]),
-            remote_addr: zerocopy::transmute!([field!(daddr_v6[0]), field!(daddr_v6[1])]),
-            comm: zerocopy::transmute!(process.comm),
-            // A reused socket still shows its old port here, and nothing tells it from a new one.
-            local_port: if new == TcpState::SYN_SENT {
-                0
-            } else {
-                field!(sport)
-            },
-            remote_port: field!(dport),
-            family: field!(family),
-            sk_err: 0,
-            lost,
-            from,
-            to,
-            shutdown: 0,
-            flags: task,
-        }
-    });
+            field!(sport)
+        },
+        remote_port: field!(dport),
+        from,
+        to,
+        shutdown: 0,
+        flags: 0,
+    };
+    let addrs6 = || Addrs6 {
+        local_addr: zerocopy::transmute!([field!(saddr_v6[0]), field!(saddr_v6[1])]),
+        remote_addr: zerocopy::transmute!([field!(daddr_v6[0]), field!(daddr_v6[1])]),
+    };
+    let addrs4 = || [field!(saddr), field!(daddr)];
+    counted.send(field!(family), caller, addrs4, addrs6, head);
 }
 
 /// `CLOCK_BOOTTIME`: goes on while the machine sleeps, and is what processes' start times are in. 5.8+

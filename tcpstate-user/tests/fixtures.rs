@@ -6,10 +6,9 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use tcpstate_common::SetState;
+use tcpstate_common::Event;
 use tcpstate_user::model::{ConnectionId, Named as _};
 use tcpstate_user::table::{Dwell, Identity, Table};
-use zerocopy::FromBytes as _;
 
 /// What the table makes of a recording: for each socket its lines, and the gauges at the end.
 fn told(recording: &str) -> String {
@@ -26,7 +25,9 @@ fn told(recording: &str) -> String {
     let mut order: Vec<ConnectionId> = Vec::new();
     let mut gauges: BTreeMap<String, i64> = BTreeMap::new();
     for line in lines {
-        let event = SetState::read_from_bytes(&bytes(line)).expect("a record");
+        let Ok(Event::SetState(event)) = Event::decode(&bytes(line)) else {
+            panic!("no record of a transition: {line}");
+        };
         let applied = table.apply(&event, None, |change| {
             for (place, step) in [(change.before, -1), (change.after, 1)] {
                 if let Some(place) = place {

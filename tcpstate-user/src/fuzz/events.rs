@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use rustc_hash::FxHashMap;
+use tcpstate_common::wire::{Addrs6, Caller, Head, With};
 use tcpstate_common::{Event, SetState, Socket, TcpState};
 use zerocopy::IntoBytes as _;
 
@@ -29,19 +30,22 @@ pub fn events(bytes: &[u8]) {
     };
     let mut tracer = Tracer::new(head);
     while let Some((&kind, after)) = rest.split_first() {
-        let len = match kind % 8 {
-            0..=2 => size_of::<SetState>(),
-            3 => size_of::<tcpstate_common::Accept>(),
-            4 => size_of::<tcpstate_common::TimeWait>(),
-            5 => size_of::<Socket>(),
+        let len = match kind % 9 {
+            0 => size_of::<Head>(),
+            1 => size_of::<With<Head, Addrs6>>(),
+            2 => size_of::<With<Head, Caller>>(),
+            3 => SetState::LONGEST,
+            4 => size_of::<tcpstate_common::Accept>(),
+            5 => size_of::<tcpstate_common::TimeWait>(),
+            6 => size_of::<Socket>(),
             _ => 0,
         };
         let (record, after) = after.split_at(len.min(after.len()));
         rest = after;
-        match kind % 8 {
-            0..=4 => tracer.event(record),
-            5 => tracer.listed.extend(records(record, tracer.netns).0),
-            6 => tracer.sweep(),
+        match kind % 9 {
+            0..=5 => tracer.event(record),
+            6 => tracer.listed.extend(records(record, tracer.netns).0),
+            7 => tracer.sweep(),
             _ => tracer.dump(),
         }
     }
@@ -126,7 +130,7 @@ impl Tracer {
             Ok(event) => event,
             Err(error) => {
                 shown(&error.to_string(), 0);
-                assert!(![120, 64, 32].contains(&record.len()));
+                assert!(![56, 88, 96, 128, 64, 32].contains(&record.len()));
                 return self.table.events_lost(self.newest_ns);
             }
         };
@@ -135,7 +139,9 @@ impl Tracer {
         let told = &mut self.told;
         match event {
             Event::SetState(event) => {
-                assert_eq!(event.as_bytes(), record);
+                let mut room = [0; SetState::LONGEST];
+                let again = Event::decode(event.encode(&mut room));
+                assert_eq!(again, Ok(Event::SetState(event)));
                 self.netns = event.netns;
                 let applied = self.table.apply(&event, None, |change| told.take(change));
                 let lacks = self.table.identity() == Identity::Cookie && event.cookie == 0;

@@ -4,7 +4,7 @@
 
 use tcpstate_common::TcpState;
 use tcpstate_common::event::{
-    FLAG_DEAD, FLAG_DONE, FLAG_SOCKET_READ, RCV_SHUTDOWN, SEND_SHUTDOWN, SetState,
+    FLAG_DEAD, FLAG_DONE, FLAG_NO_LINGER, FLAG_SOCKET_READ, RCV_SHUTDOWN, SEND_SHUTDOWN, SetState,
 };
 
 use crate::model::End;
@@ -38,7 +38,7 @@ pub(super) fn fate(event: &SetState) -> Fate {
     }
     // __tcp_close() orphans the socket before it calls tcp_time_wait(TCP_FIN_WAIT2), but closes it without
     // that where data was left unread, where SO_LINGER is 0, and where TCP_LINGER2 is negative.
-    if event.has(FLAG_DEAD) && event.linger2 >= 0 {
+    if event.has(FLAG_DEAD) && !event.has(FLAG_NO_LINGER) {
         Fate::Orphan
     } else {
         Fate::Gone
@@ -51,7 +51,7 @@ pub(super) fn end(event: &SetState) -> End {
     if !event.has(FLAG_SOCKET_READ) {
         return End::Unknown;
     }
-    match i32::from(event.sk_err) {
+    match event.sk_err {
         0 => {}
         // tcp_rcv_state_process() calls tcp_reset() itself where data comes after both directions were shut, and then
         // it is we who send the reset: the fields are the same.

@@ -6,7 +6,6 @@ use std::fs;
 
 use tcpstate_common::{Event, SetState, TcpState};
 use tcpstate_user::kernel::{Netns, Options, RingSize, Session};
-use zerocopy::IntoBytes as _;
 
 use crate::lab::{Lab, until};
 use crate::six;
@@ -61,7 +60,8 @@ fn fixture(events: &[SetState], cookies: bool) -> String {
     for event in events {
         let next = 0xffff_8880_0000_0000 + 4096 * addresses.len() as u64;
         let sk = *addresses.entry(event.sk).or_insert(next);
-        for byte in (SetState { sk, ..*event }).as_bytes() {
+        let mut room = [0; SetState::LONGEST];
+        for byte in (SetState { sk, ..*event }).encode(&mut room) {
             write!(text, "{byte:02x}").expect("memory");
         }
         text.push('\n');

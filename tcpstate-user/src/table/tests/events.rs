@@ -156,22 +156,12 @@ fn the_closer_owns_only_what_nobody_else_is_known_to_own() {
 
 #[test]
 fn what_a_close_meant() {
-    type Case = (
-        &'static str,
-        TcpState,
-        i32,
-        u8,
-        u8,
-        i32,
-        TcpState,
-        Option<End>,
-    );
+    type Case = (&'static str, TcpState, i32, u8, u8, TcpState, Option<End>);
     let cases: [Case; 18] = [
         (
             "reset",
             ESTABLISHED,
             104,
-            0,
             0,
             0,
             CLOSE,
@@ -183,7 +173,6 @@ fn what_a_close_meant() {
             0,
             3,
             0,
-            0,
             CLOSE,
             Some(End::ResetSent),
         ),
@@ -192,7 +181,6 @@ fn what_a_close_meant() {
             FIN_WAIT2,
             0,
             3,
-            0,
             0,
             CLOSE,
             Some(End::ResetSent),
@@ -203,14 +191,12 @@ fn what_a_close_meant() {
             0,
             3,
             0,
-            0,
             CLOSE,
             Some(End::ResetSent),
         ),
         (
             "disconnect",
             ESTABLISHED,
-            0,
             0,
             0,
             0,
@@ -223,46 +209,25 @@ fn what_a_close_meant() {
             32,
             0,
             0,
-            0,
             CLOSE,
             Some(End::ResetReceived),
         ),
-        (
-            "ss -K",
-            ESTABLISHED,
-            103,
-            0,
-            0,
-            0,
-            CLOSE,
-            Some(End::ResetSent),
-        ),
+        ("ss -K", ESTABLISHED, 103, 0, 0, CLOSE, Some(End::ResetSent)),
         (
             "ss -K of a connect",
             SYN_SENT,
             103,
             0,
             0,
-            0,
             CLOSE,
             Some(End::Aborted),
         ),
-        ("refused", SYN_SENT, 111, 0, 0, 0, CLOSE, Some(End::Refused)),
-        (
-            "no answer",
-            SYN_SENT,
-            110,
-            0,
-            0,
-            0,
-            CLOSE,
-            Some(End::Timeout),
-        ),
+        ("refused", SYN_SENT, 111, 0, 0, CLOSE, Some(End::Refused)),
+        ("no answer", SYN_SENT, 110, 0, 0, CLOSE, Some(End::Timeout)),
         (
             "no route",
             SYN_SENT,
             113,
-            0,
             0,
             0,
             CLOSE,
@@ -274,27 +239,16 @@ fn what_a_close_meant() {
             0,
             SEND_SHUTDOWN,
             0,
-            0,
             CLOSE,
             Some(End::Aborted),
         ),
-        (
-            "out of ports",
-            SYN_SENT,
-            0,
-            0,
-            0,
-            0,
-            CLOSE,
-            Some(End::Unknown),
-        ),
+        ("out of ports", SYN_SENT, 0, 0, 0, CLOSE, Some(End::Unknown)),
         (
             "peer closed first",
             LAST_ACK,
             0,
             3,
             FLAG_DEAD,
-            0,
             CLOSE,
             Some(End::RemoteClose),
         ),
@@ -304,7 +258,6 @@ fn what_a_close_meant() {
             0,
             3,
             FLAG_DONE,
-            0,
             TIME_WAIT,
             Some(End::LocalClose),
         ),
@@ -314,28 +267,25 @@ fn what_a_close_meant() {
             0,
             3,
             FLAG_DEAD,
-            0,
             TIME_WAIT,
             Some(End::SimultaneousClose),
         ),
-        ("orphan", FIN_WAIT2, 0, 3, FLAG_DEAD, 0, FIN_WAIT2, None),
+        ("orphan", FIN_WAIT2, 0, 3, FLAG_DEAD, FIN_WAIT2, None),
         (
             "orphan, TCP_LINGER2 -1",
             FIN_WAIT2,
             0,
             3,
-            FLAG_DEAD,
-            -1,
+            FLAG_DEAD | FLAG_NO_LINGER,
             CLOSE,
             Some(End::ResetSent),
         ),
     ];
-    for (name, from, sk_err, shutdown, flags, linger2, state, expected) in cases {
+    for (name, from, sk_err, shutdown, flags, state, expected) in cases {
         let close = with(event(9, 5, from, CLOSE), |event| {
-            event.sk_err = u16::try_from(sk_err).expect("an errno");
+            event.sk_err = sk_err;
             event.shutdown = shutdown;
             event.flags |= flags;
-            event.linger2 = linger2;
         });
         let watched = run(Identity::Cookie, &[event(8, 5, CLOSE, from), close]);
         assert_eq!(watched.last().end, expected, "{name}");

@@ -14,7 +14,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use rustc_hash::FxHashMap;
 use tcpstate_common::TcpState;
 use tcpstate_common::event::{
-    AF_INET, FLAG_DEAD, FLAG_DONE, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN, SetState,
+    AF_INET, FLAG_DEAD, FLAG_DONE, FLAG_NO_LINGER, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN,
+    SetState,
 };
 use zerocopy::FromZeros as _;
 

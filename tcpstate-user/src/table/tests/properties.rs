@@ -429,7 +429,7 @@ proptest! {
     /// those of what it holds.
     #[test]
     fn no_events_break_the_table(
-        events in prop::collection::vec((0u16..5, 0u8..16, 0u8..16, any::<u8>(), 0u16..120), 0..200),
+        events in prop::collection::vec((0u16..5, 0u8..16, 0u8..16, any::<u8>(), 0..120), 0..200),
         identity in prop::sample::select(vec![
             Identity::Cookie,
             Identity::Address,
