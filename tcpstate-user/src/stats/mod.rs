@@ -189,7 +189,7 @@ impl Stats {
 
     /// Of the socket, and not of where it counts now: one that is gone can have come to be known by its close.
     fn count_owner(&mut self, change: &Change<'_>) {
-        let source = change.socket.owner.map(|owner| owner.source);
+        let source = change.socket.owner().map(|owner| owner.source);
         let before = change.before.and_then(|before| before.source);
         if let Some(source) = source.filter(|_| source != before) {
             self.owners[source as usize] += 1;
@@ -219,7 +219,7 @@ impl Stats {
             return;
         }
         let socket = change.socket;
-        let counters = match socket.owner.and_then(|owner| owner.process.comm) {
+        let counters = match socket.owner().and_then(|owner| owner.process.comm) {
             Some(comm) => self.names.counters(comm, change.time_ns),
             None => &mut self.none,
         };

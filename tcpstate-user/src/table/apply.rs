@@ -1,6 +1,7 @@
 //! The door for events.
 
 use std::net::{IpAddr, Ipv6Addr};
+use std::num::NonZero;
 use std::sync::Arc;
 
 use tcpstate_common::SetState;
@@ -8,11 +9,12 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
-use super::owners::{Known, as_listener, own_by};
+use super::owners::Shared;
 use super::reconcile::{gone_change, mini_end};
 use super::timewait::fate_of;
 use super::{
-    Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
+    Change, Correction, Discard, Dwell, Full, Identity, Mini, Owned, Place, Socket, Stay, Table,
+    Tuple,
 };
 use crate::model::{
     Comm, ConnectionId, Endpoint, Evidence, Family, Owner, OwnerSource, Process, Role,
@@ -87,8 +89,7 @@ impl Table {
         let mut socket = new_socket(first, id, None);
         socket.remote = Endpoint::default();
         socket.role = Some(Role::Passive);
-        let known = self.listener_of(first, &socket);
-        own_by(&mut socket, known);
+        socket.owned = self.listener_of(first, &socket);
         sink(&child_change(first, &socket, None, None));
     }
 
@@ -103,8 +104,7 @@ impl Table {
             .owners
             .accepted_early(self.event_key(second), first.time_ns);
         let (accepted_ns, accepted) = accepted.unzip();
-        let known = accepted.or_else(|| self.listener_of(first, &socket));
-        own_by(&mut socket, known);
+        socket.owned = accepted.or_else(|| self.listener_of(first, &socket));
         let before = self.take_request(&socket).as_ref().map(Place::of);
         let ends = self.tuple(&socket);
         if let Some(closed) = &mut self.closed {
@@ -137,17 +137,18 @@ impl Table {
         if request.socket.state != TcpState::NEW_SYN_RECV {
             return None;
         }
-        self.remove_mini(key).map(|request| request.socket)
+        self.mini.remove(key).map(|request| request.socket)
     }
 
     /// Who listens for the socket that `first` is the first event of.
-    fn listener_of(&self, first: &SetState, child: &Socket) -> Option<Known> {
+    fn listener_of(&mut self, first: &SetState, child: &Socket) -> Option<Arc<Owned>> {
         // Up to 6.12 the event carries the listener's cookie.
         let keyed = self.identity == Identity::Cookie;
         let named = self.full.get(first.cookie).filter(|_| keyed);
         match named.map(|full| &full.socket) {
             Some(socket) if socket.state == TcpState::LISTEN => {
-                Some((as_listener(socket.owner?), socket.container.clone()))
+                let listener = socket.owned.as_ref()?;
+                Some(self.owners.shared.as_listener(listener))
             }
             _ => self.listening(child),
         }
@@ -195,11 +196,11 @@ impl Table {
             full.event_ns = event.time_ns;
             full.missed = false;
             update(&mut full.socket, event);
-            if let Some((accepted_ns, known)) = accepted {
+            if let Some((accepted_ns, owned)) = accepted {
                 full.accepted_ns = accepted_ns;
-                own_by(&mut full.socket, Some(known));
+                full.socket.owned = Some(owned);
             }
-            own(&mut full.socket, event, container);
+            own(&mut full.socket, event, container, &mut self.owners.shared);
             if from != to && to != TcpState::CLOSE {
                 full.socket.state = to;
                 full.stay = Stay {
@@ -208,7 +209,7 @@ impl Table {
                 };
                 full.dumped = None;
             }
-            let ends = (full.socket.netns, full.socket.local, full.socket.remote);
+            let ends = (full.socket.netns(), full.socket.local, full.socket.remote);
             (before, dwell, ends)
         });
         let Some((before, dwell, ends)) = stepped else {
@@ -352,12 +353,8 @@ impl Table {
         if let Some(closed) = &mut self.closed {
             closed.mini(ends, time_ns);
         }
-        let Some(Mini { mut socket, .. }) = self
-            .timewait
-            .get(&ends)
-            .copied()
-            .and_then(|key| self.remove_mini(key))
-        else {
+        let timewait = self.mini.with_ends(false, ends, |_| true);
+        let Some(Mini { mut socket, .. }) = timewait.and_then(|key| self.mini.remove(key)) else {
             return;
         };
         let before = Place::of(&socket);
@@ -370,8 +367,8 @@ impl Table {
 }
 
 /// Where each event should have one, that of the socket; else where the kernel has made one.
-pub(super) fn cookie(event: &SetState) -> Option<u64> {
-    (event.cookie != 0).then_some(event.cookie)
+pub(super) const fn cookie(event: &SetState) -> Option<NonZero<u64>> {
+    NonZero::new(event.cookie)
 }
 
 /// What the gauges and streams are told of an accepted socket's first event.
@@ -395,22 +392,21 @@ fn child_change<'a>(
     }
 }
 
-fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket {
+fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<NonZero<u64>>) -> Socket {
     let (family, local, remote) = ends(event);
     let from = event.from();
     Socket {
         id,
         cookie,
-        netns: (event.netns != 0).then_some(event.netns),
+        netns: NonZero::new(event.netns),
         family,
         local,
         remote,
         state: from,
         // SYN_SENT is entered by connect() only; SYN_RECV also by a simultaneous open.
         role: (from == TcpState::SYN_SENT).then_some(Role::Active),
-        owner: None,
+        owned: None,
         uid: uid(event),
-        container: None,
         holders: None,
         established: !matches!(
             from,
@@ -447,7 +443,7 @@ fn update(socket: &mut Socket, event: &SetState) {
 }
 
 /// Whose the socket is, where the event's process made the call that caused it.
-fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
+fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>, shared: &mut Shared) {
     let from = event.from();
     let source = match (from, event.to()) {
         (TcpState::CLOSE, TcpState::SYN_SENT) => OwnerSource::Connect,
@@ -456,7 +452,7 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
     };
     if source == OwnerSource::Closer {
         let known = socket
-            .owner
+            .owner()
             .is_some_and(|owner| owner.source != OwnerSource::Listener);
         // `ss -K` of a listener runs in the task of `ss`, and unlike close sets no mask.
         let aborted = from == TcpState::LISTEN && event.shutdown & SEND_SHUTDOWN == 0;
@@ -464,15 +460,19 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
             return;
         }
     }
-    socket.owner = event.has(FLAG_TASK).then(|| Owner {
-        process: Process {
-            pid: event.tgid,
-            start_ns: event.start_ns,
-            comm: comm(event),
-        },
-        source,
+    socket.owned = event.has(FLAG_TASK).then(|| {
+        shared.share(Owned {
+            owner: Owner {
+                process: Process {
+                    pid: event.tgid,
+                    start_ns: event.start_ns,
+                    comm: comm(event),
+                },
+                source,
+            },
+            container: container.cloned(),
+        })
     });
-    socket.container = container.cloned();
 }
 
 /// Family and both ends as the contract writes them. A listener has no remote end.

@@ -12,6 +12,7 @@ mod fate;
 mod full;
 mod listeners;
 mod merge;
+mod minis;
 mod owners;
 mod reconcile;
 mod rows;
@@ -24,6 +25,7 @@ mod tests;
 mod timewait;
 
 use std::collections::VecDeque;
+use std::num::NonZero;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::{SetState, TcpState};
@@ -33,12 +35,13 @@ pub use apply::NoCookie;
 use closed::Closed;
 use full::{Full, FullSockets};
 pub use merge::{Merge, Merged};
+use minis::{Mini, Minis, is_request};
+pub use owners::Owned;
 use owners::Owners;
 pub use reconcile::STORE_NS;
 pub use rows::Walk;
 pub use snapshot::{Held, Holder, Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
-use store::Store;
 pub use sweep::Sweep;
 
 /// What tells two sockets apart, in events and in dumps.
@@ -72,6 +75,10 @@ impl Identity {
             Self::Cookie | Self::Address => (netns, local, remote),
         }
     }
+
+    fn ends(self, socket: &Socket) -> Tuple {
+        self.tuple(socket.netns(), socket.local, socket.remote)
+    }
 }
 
 named! {
@@ -89,8 +96,9 @@ named! {
     }
 }
 
-/// The times of the stay in the present state.
+/// The times of the stay in the present state. Packed: each socket has one.
 #[derive(Clone, Copy, Debug)]
+#[repr(C, packed(4))]
 struct Stay {
     /// When the state was entered, or first seen.
     since_ns: u64,
@@ -127,21 +135,6 @@ impl Stay {
             Dwell::Seen(now_ns.saturating_sub(self.since_ns))
         }
     }
-}
-
-/// What no event follows: a timewait socket (TIME_WAIT, or an orphan's FIN_WAIT2) or a half-open request.
-/// The kernel calls them minisocks.
-#[derive(Debug)]
-struct Mini {
-    socket: Socket,
-    stay: Stay,
-    /// When its timer ends its life; `None` until that is known.
-    expires_ns: Option<u64>,
-    /// Number of the last dump that showed it.
-    seen: u64,
-    missed: bool,
-    /// Time of the →CLOSE that told of it; 0 for one that only a dump has shown.
-    event_ns: u64,
 }
 
 /// Network namespace, as far as events tell it, and both ends.
@@ -182,12 +175,7 @@ impl Generations {
 pub struct Table {
     identity: Identity,
     full: FullSockets,
-    /// By cookie, or by a key of our own where that is not known or another's already.
-    mini: Store<Mini>,
-    /// Of `mini`: timewait sockets by their ends.
-    timewait: FxHashMap<Tuple, u64>,
-    /// Of `mini`: half-open requests by their ends.
-    requests: FxHashMap<Tuple, u64>,
+    mini: Minis,
     /// First events of accepted sockets, by address, until the next event tells whose they are: up to 6.12
     /// they carry the listener's cookie and no remote end.
     children: FxHashMap<u64, SetState>,
@@ -198,7 +186,7 @@ pub struct Table {
     /// From when a dump begins until it is merged: what closed meanwhile.
     closed: Option<Closed>,
     /// How many were merged.
-    dumps: u64,
+    dumps: u32,
     own_numbers: u64,
     newest_ns: u64,
     /// Stays that began no later than this may have lost events.
@@ -227,9 +215,7 @@ impl Table {
         Self {
             identity,
             full: FullSockets::new(identity),
-            mini: Store::default(),
-            timewait: FxHashMap::default(),
-            requests: FxHashMap::default(),
+            mini: Minis::new(identity),
             children: FxHashMap::default(),
             owners: Owners::default(),
             generations: Generations::default(),
@@ -287,8 +273,8 @@ impl Table {
     }
 
     /// The cookie of an event makes the name only where each event has one: a name never changes.
-    fn new_id(&mut self, cookie: Option<u64>) -> ConnectionId {
-        match cookie {
+    fn new_id(&mut self, cookie: Option<NonZero<u64>>) -> ConnectionId {
+        match cookie.map(NonZero::get) {
             Some(cookie) if self.identity == Identity::Cookie => ConnectionId::Cookie {
                 cookie,
                 generation: self.generations.of(cookie).max(self.after_timewait(cookie)),
@@ -301,7 +287,7 @@ impl Table {
     /// socket's again.
     fn after_timewait(&self, cookie: u64) -> u32 {
         let mini = self.mini.get(cookie).map(|mini| &mini.socket);
-        let timewait = mini.filter(|socket| socket.state != TcpState::NEW_SYN_RECV);
+        let timewait = mini.filter(|socket| !is_request(socket.state));
         match timewait.map(|socket| socket.id) {
             Some(ConnectionId::Cookie { generation, .. }) => generation + 1,
             _ => 0,
@@ -312,53 +298,29 @@ impl Table {
     fn insert_mini(&mut self, mini: Mini) -> u64 {
         let key = match mini.socket.cookie {
             // A socket can be connected again while its timewait socket lives, and both have its cookie.
-            Some(cookie) if !self.mini.contains(cookie) => cookie,
+            Some(cookie) if !self.mini.contains(cookie.get()) => cookie.get(),
             _ => self.own_key(),
         };
-        let ends = self.tuple(&mini.socket);
-        self.mini_by_ends(&mini.socket).insert(ends, key);
         self.mini.insert(key, mini);
         key
     }
 
-    fn remove_mini(&mut self, key: u64) -> Option<Mini> {
-        let mini = self.mini.remove(key)?;
-        let ends = self.tuple(&mini.socket);
-        let by_ends = self.mini_by_ends(&mini.socket);
-        if by_ends.get(&ends) == Some(&key) {
-            by_ends.remove(&ends);
-        }
-        Some(mini)
-    }
-
     /// The key of the entry for a minisocket in `state`. Ends that another cookie has too are those of another: addresses
     /// carry no zone.
-    fn mini_of(&self, state: TcpState, ends: Tuple, cookie: Option<u64>) -> Option<u64> {
-        let by_ends = match state {
-            TcpState::NEW_SYN_RECV => &self.requests,
-            _ => &self.timewait,
+    fn mini_of(&self, state: TcpState, ends: Tuple, cookie: Option<NonZero<u64>>) -> Option<u64> {
+        let its = |mini: &Mini| {
+            let known = mini.socket.cookie;
+            known.is_none() || cookie.is_none() || known == cookie
         };
-        let its = |&key: &u64| {
-            self.mini.get(key).is_some_and(|mini| {
-                let known = mini.socket.cookie;
-                let another = known.is_some() && cookie.is_some() && known != cookie;
-                !another && self.tuple(&mini.socket) == ends
-            })
-        };
-        let by_ends = by_ends.get(&ends).copied().filter(its);
-        by_ends.or_else(|| cookie.filter(its))
+        let by_ends = self.mini.with_ends(is_request(state), ends, its);
+        by_ends.or_else(|| {
+            let key = cookie?.get();
+            let mini = self.mini.get(key)?;
+            (its(mini) && self.tuple(&mini.socket) == ends).then_some(key)
+        })
     }
 
-    fn mini_by_ends(&mut self, socket: &Socket) -> &mut FxHashMap<Tuple, u64> {
-        if socket.state == TcpState::NEW_SYN_RECV {
-            &mut self.requests
-        } else {
-            &mut self.timewait
-        }
-    }
-
-    const fn tuple(&self, socket: &Socket) -> Tuple {
-        self.identity
-            .tuple(socket.netns, socket.local, socket.remote)
+    fn tuple(&self, socket: &Socket) -> Tuple {
+        self.identity.ends(socket)
     }
 }

@@ -108,7 +108,7 @@ struct Seen {
 
 impl Seen {
     fn of(change: &Change<'_>) -> Self {
-        let owner = change.socket.owner;
+        let owner = change.socket.owner();
         Self {
             id: change.socket.id.to_string(),
             kernel: change.kernel,
@@ -248,7 +248,7 @@ impl Watched {
         let mut states = BTreeMap::new();
         for socket in self.table.sockets() {
             if let Some(cookie) = socket.cookie {
-                let twice = states.insert(cookie, socket.state);
+                let twice = states.insert(cookie.get(), socket.state);
                 assert_eq!(twice, None, "{socket:?} is there twice");
             }
         }
