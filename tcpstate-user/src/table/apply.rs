@@ -1,6 +1,6 @@
 //! The door for events.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::num::NonZero;
 use std::sync::Arc;
 
@@ -45,7 +45,11 @@ impl Table {
         }
         self.newest_ns = self.newest_ns.max(event.time_ns);
         let (from, to) = (event.from(), event.to());
-        let waiting = self.children.remove(&event.sk);
+        let waiting = match self.children.is_empty() {
+            // From 6.18 on there are none.
+            true => None,
+            false => self.children.remove(&event.sk),
+        };
         if from == TcpState::LISTEN && to == TcpState::SYN_RECV {
             if let Some(first) = waiting {
                 self.lone_child(&first, &mut sink);
@@ -171,19 +175,19 @@ impl Table {
         let (from, to) = (event.from(), event.to());
         let key = self.event_key(event);
         let opening = from == TcpState::CLOSE;
-        if opening {
+        let known = if opening {
             self.vacate(event, event.time_ns, sink);
+            None
         } else {
             self.adopt(event, sink);
-        }
-        let new = !self.full.contains(key);
-        if new {
-            self.take_in(key, event);
-        }
+            self.full.place(key)
+        };
+        let new = known.is_none();
+        let place = known.unwrap_or_else(|| self.take_in(key, event));
         let lost_until_ns = self.lost_until_ns;
         let since_ns = if opening { event.time_ns } else { 0 };
         let accepted = self.owners.accepted_early(key, since_ns);
-        let stepped = self.full.change(key, |full| {
+        let stepped = self.full.change_at(place, |full| {
             let before = (!new).then(|| Place::of(&full.socket));
             let fits = full.socket.state == from;
             let dwell = if opening || from == to {
@@ -209,26 +213,28 @@ impl Table {
                 };
                 full.dumped = None;
             }
-            let ends = (full.socket.netns(), full.socket.local, full.socket.remote);
-            (before, dwell, ends)
+            (before, dwell)
         });
-        let Some((before, dwell, ends)) = stepped else {
+        let Some((before, dwell)) = stepped else {
             return;
         };
         if dwell == Dwell::Unknown(Discard::Mismatch) {
             self.corrections.count(Correction::Event);
         }
-        if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
+        if from == TcpState::SYN_SENT
+            && to != TcpState::CLOSE
+            && let Some(full) = self.full.at(place)
+        {
             // Its port is known now.
-            self.reused(ends, event.time_ns, sink);
+            self.reused(self.tuple(&full.socket), event.time_ns, sink);
         }
         if to == TcpState::CLOSE && from != to {
-            if let Some(full) = self.full.remove(key) {
+            if let Some(full) = self.full.remove_at(place) {
                 self.close(event, full, dwell, before, sink);
             }
             return;
         }
-        let Some(full) = self.full.get(key) else {
+        let Some(full) = self.full.at(place) else {
             return;
         };
         if to == TcpState::ESTABLISHED {
@@ -247,7 +253,7 @@ impl Table {
             after: (to != TcpState::CLOSE).then(|| Place::of(&full.socket)),
         });
         if to == TcpState::CLOSE {
-            self.full.remove(key);
+            self.full.remove_at(place);
         }
     }
 
@@ -326,8 +332,8 @@ impl Table {
         self.insert_mini(mini);
     }
 
-    /// A socket whose beginning was not seen, or that begins with this event.
-    fn take_in(&mut self, key: u64, event: &SetState) {
+    /// A socket whose beginning was not seen, or that begins with this event. Gives its place.
+    fn take_in(&mut self, key: u64, event: &SetState) -> u32 {
         let cookie = cookie(event);
         let mut socket = new_socket(event, self.new_id(cookie), cookie);
         socket.state = event.from();
@@ -341,7 +347,7 @@ impl Table {
         } else {
             self.corrections.count(Correction::Event);
         }
-        self.full.insert(key, full);
+        self.full.insert(key, full)
     }
 
     /// A socket has these ends now: the timewait socket that had them before was taken out of its way, without a word
@@ -418,24 +424,16 @@ fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<NonZero<u64>>) 
 /// Brings the socket up to what the event tells of it.
 fn update(socket: &mut Socket, event: &SetState) {
     let (from, to) = (event.from(), event.to());
-    let (family, local, remote) = ends(event);
     socket.uid = uid(event);
     socket.cookie = cookie(event).or(socket.cookie);
-    match (from, to) {
-        (TcpState::CLOSE, TcpState::SYN_SENT) => {
-            socket.role = Some(Role::Active);
-            (socket.family, socket.local, socket.remote) = (family, local, remote);
-        }
-        (TcpState::CLOSE, TcpState::LISTEN) => {
-            (socket.family, socket.local) = (family, local);
-        }
-        // A port that is 0 has been given back already.
-        _ => {
-            socket.local.port = local.port.or(socket.local.port);
-            if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
-                socket.local.addr = local.addr;
-            }
-        }
+    // A port that is 0 has been given back already.
+    socket.local.port = port(event.local_port).or(socket.local.port);
+    if from == TcpState::CLOSE && to == TcpState::SYN_SENT {
+        socket.role = Some(Role::Active);
+    }
+    if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
+        let (_, local, _) = ends(event);
+        socket.local.addr = local.addr;
     }
     if to == TcpState::ESTABLISHED {
         socket.established = true;
@@ -483,9 +481,9 @@ pub(super) fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
     let (from, to) = (event.from(), event.to());
     // LISTEN→SYN_RECV is an accepted socket's.
     let listens = (from == TcpState::LISTEN && to != TcpState::SYN_RECV) || to == TcpState::LISTEN;
-    let endpoint = |addr: IpAddr, port: u16| Endpoint {
+    let endpoint = |addr: IpAddr, number: u16| Endpoint {
         addr: (listens || !addr.is_unspecified()).then_some(addr),
-        port: (port != 0).then_some(port),
+        port: port(number),
     };
     (
         if v4 { Family::Ipv4 } else { Family::Ipv6 },
@@ -504,10 +502,17 @@ fn comm(event: &SetState) -> Option<Comm> {
     (event.has(FLAG_SOCKET_READ) || comm != Comm::default()).then_some(comm)
 }
 
+fn port(number: u16) -> Option<u16> {
+    (number != 0).then_some(number)
+}
+
 fn uid(event: &SetState) -> Option<u32> {
     (event.uid != u32::MAX).then_some(event.uid)
 }
 
 fn addr(bytes: [u8; 16]) -> IpAddr {
-    Ipv6Addr::from(bytes).to_canonical()
+    match bytes {
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => Ipv4Addr::new(a, b, c, d).into(),
+        _ => Ipv6Addr::from(bytes).into(),
+    }
 }

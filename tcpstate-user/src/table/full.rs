@@ -100,12 +100,14 @@ struct Found {
 }
 
 impl Found {
-    fn by(identity: Identity, socket: &Socket) -> Self {
+    /// `None` for most, which are asked at each event.
+    fn by(identity: Identity, socket: &Socket) -> Option<Self> {
         let listens = socket.state == TcpState::LISTEN;
-        Self {
+        let by_ends = identity != Identity::Cookie;
+        (listens || by_ends).then(|| Self {
             listens: listens.then_some((socket.netns(), socket.local)),
-            ends: (identity != Identity::Cookie).then(|| alike(identity, socket)),
-        }
+            ends: by_ends.then(|| alike(identity, socket)),
+        })
     }
 }
 
@@ -146,6 +148,16 @@ impl FullSockets {
         self.by_key.get(key)
     }
 
+    /// As [`Store::place`].
+    pub(super) fn place(&self, key: u64) -> Option<u32> {
+        self.by_key.place(key)
+    }
+
+    /// What is at a place.
+    pub(super) fn at(&self, place: u32) -> Option<&Full> {
+        self.by_key.at(place).map(|(_, full)| full)
+    }
+
     /// As [`Store::part`].
     pub(super) fn part(
         &self,
@@ -169,29 +181,42 @@ impl FullSockets {
         self.by_key.get_mut(key)
     }
 
-    /// The key must be free.
-    pub(super) fn insert(&mut self, key: u64, full: Full) {
+    /// Gives its place. The key must be free.
+    pub(super) fn insert(&mut self, key: u64, full: Full) -> u32 {
         let found = Found::by(self.identity, &full.socket);
         let place = self.by_key.insert(key, full);
-        self.link(key, place, &found);
+        self.link(key, place, found);
+        place
     }
 
     pub(super) fn remove(&mut self, key: u64) -> Option<Full> {
-        let place = self.by_key.place(key)?;
-        let full = self.by_key.remove(key)?;
-        self.unlink(key, place, &Found::by(self.identity, &full.socket));
+        self.remove_at(self.by_key.place(key)?)
+    }
+
+    /// What is at a place.
+    pub(super) fn remove_at(&mut self, place: u32) -> Option<Full> {
+        let (key, full) = self.by_key.remove_at(place)?;
+        self.unlink(key, place, Found::by(self.identity, &full.socket));
         Some(full)
     }
 
     pub(super) fn change<T>(&mut self, key: u64, change: impl FnOnce(&mut Full) -> T) -> Option<T> {
-        let place = self.by_key.place(key)?;
-        let full = self.by_key.at_mut(place)?;
+        self.change_at(self.by_key.place(key)?, change)
+    }
+
+    /// The same of what is at a place.
+    pub(super) fn change_at<T>(
+        &mut self,
+        place: u32,
+        change: impl FnOnce(&mut Full) -> T,
+    ) -> Option<T> {
+        let (key, full) = self.by_key.at_mut(place)?;
         let before = Found::by(self.identity, &full.socket);
         let result = change(full);
         let after = Found::by(self.identity, &full.socket);
         if before != after {
-            self.unlink(key, place, &before);
-            self.link(key, place, &after);
+            self.unlink(key, place, before);
+            self.link(key, place, after);
         }
         Some(result)
     }
@@ -210,7 +235,10 @@ impl FullSockets {
             .of(child, |key| self.get(key)?.socket.owned.as_ref())
     }
 
-    fn link(&mut self, key: u64, place: u32, found: &Found) {
+    fn link(&mut self, key: u64, place: u32, found: Option<Found>) {
+        let Some(found) = found else {
+            return;
+        };
         if let Some((netns, local)) = found.listens {
             self.listeners.insert(key, netns, local);
         }
@@ -219,7 +247,10 @@ impl FullSockets {
         }
     }
 
-    fn unlink(&mut self, key: u64, place: u32, found: &Found) {
+    fn unlink(&mut self, key: u64, place: u32, found: Option<Found>) {
+        let Some(found) = found else {
+            return;
+        };
         if let Some((netns, local)) = found.listens {
             self.listeners.remove(key, netns, local);
         }
@@ -240,7 +271,7 @@ impl FullSockets {
         let mut again = Self::new(self.identity);
         for (key, full) in self.part(0, usize::MAX).0 {
             let place = self.by_key.place(key).expect("it is there");
-            again.link(key, place, &Found::by(self.identity, &full.socket));
+            again.link(key, place, Found::by(self.identity, &full.socket));
         }
         assert_eq!(self.by_ends, again.by_ends);
         assert_eq!(self.listeners.len(), again.listeners.len());

@@ -91,7 +91,7 @@ impl Minis {
 
     pub(super) fn remove(&mut self, key: u64) -> Option<Mini> {
         let place = self.by_key.place(key)?;
-        let mini = self.by_key.remove(key)?;
+        let (_, mini) = self.by_key.remove_at(place)?;
         self.by_ends
             .remove(hash_of(self.identity, &mini.socket), place);
         Some(mini)

@@ -73,6 +73,10 @@ impl Owners {
     /// When a connection that is new to the table was accepted, and by whom. An accept before `since_ns` was of another
     /// socket, which had the same address.
     pub(super) fn accepted_early(&mut self, key: u64, since_ns: u64) -> Option<(u64, Arc<Owned>)> {
+        if self.early.is_empty() {
+            // Mostly, and this is asked at each event.
+            return None;
+        }
         let accept = self.early.remove(&key)?;
         (accept.0 >= since_ns).then_some(accept)
     }

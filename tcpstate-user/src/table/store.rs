@@ -51,9 +51,11 @@ impl<T> Store<T> {
             .map(|(key, thing)| (*key, thing))
     }
 
-    pub(super) fn at_mut(&mut self, place: u32) -> Option<&mut T> {
+    pub(super) fn at_mut(&mut self, place: u32) -> Option<(u64, &mut T)> {
         let (page, at) = split(place);
-        self.pages[page][at].as_mut().map(|(_, thing)| thing)
+        self.pages[page][at]
+            .as_mut()
+            .map(|(key, thing)| (*key, thing))
     }
 
     pub(super) fn contains(&self, key: u64) -> bool {
@@ -65,7 +67,7 @@ impl<T> Store<T> {
     }
 
     pub(super) fn get_mut(&mut self, key: u64) -> Option<&mut T> {
-        self.at_mut(self.place(key)?)
+        self.at_mut(self.place(key)?).map(|(_, thing)| thing)
     }
 
     /// Gives its place. The key must be free.
@@ -81,12 +83,13 @@ impl<T> Store<T> {
         place
     }
 
-    pub(super) fn remove(&mut self, key: u64) -> Option<T> {
-        let place = self.place(key)?;
+    /// With its key.
+    pub(super) fn remove_at(&mut self, place: u32) -> Option<(u64, T)> {
+        let (page, at) = split(place);
+        let (key, thing) = self.pages[page][at].take()?;
         self.by_key.remove(hash(key), place);
         self.free.push(place);
-        let (page, at) = split(place);
-        self.pages[page][at].take().map(|(_, thing)| thing)
+        Some((key, thing))
     }
 
     /// The things at `most` places from `from` on; and where to go on, if there are more places.
@@ -212,7 +215,9 @@ mod tests {
             // Others come and go.
             for key in came..came + 10 {
                 store.insert(key, key);
-                assert_eq!(store.remove(key - 10_000), Some((key - 10_000) * 2));
+                let place = store.place(key - 10_000).expect("it is there");
+                let gone = (key - 10_000, (key - 10_000) * 2);
+                assert_eq!(store.remove_at(place), Some(gone));
             }
             came += 10;
         }
