@@ -144,6 +144,7 @@ impl Stats {
             corrections: by_name::<Correction, _>(corrections),
             owner_lookups: by_name::<OwnerSource, _>(self.owners),
             table_entries,
+            incomplete: false,
         }
     }
 

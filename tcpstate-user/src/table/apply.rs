@@ -23,9 +23,14 @@ use crate::model::{
 /// `TCP_TIMEWAIT_LEN`, include/net/tcp.h: the same in every kernel.
 pub(super) const TIME_WAIT_NS: u64 = 60_000_000_000;
 
-/// The event has no cookie where each should have one: it can't be told which socket's it is.
+/// Why an event was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoCookie;
+pub enum Refused {
+    /// It has no cookie where each should have one: it can't be told which socket's it is.
+    NoCookie,
+    /// The socket is not in the table, and there is no room for it.
+    Full,
+}
 
 impl Table {
     /// Takes one event, in the order of the ring, and tells what changed.
@@ -33,15 +38,15 @@ impl Table {
     /// `container`: that of the event's process, where it has one.
     ///
     /// # Errors
-    /// [`NoCookie`]; nothing is taken.
+    /// [`Refused`]; of that event nothing is told.
     pub fn apply(
         &mut self,
         event: &SetState,
         container: Option<&Arc<str>>,
         mut sink: impl FnMut(&Change<'_>),
-    ) -> Result<(), NoCookie> {
+    ) -> Result<(), Refused> {
         if self.identity == Identity::Cookie && event.cookie == 0 {
-            return Err(NoCookie);
+            return Err(Refused::NoCookie);
         }
         self.newest_ns = self.newest_ns.max(event.time_ns);
         let (from, to) = (event.from(), event.to());
@@ -54,22 +59,24 @@ impl Table {
             if let Some(first) = waiting {
                 self.lone_child(&first, &mut sink);
             }
-            if event.remote_port == 0 {
-                self.children.insert(event.sk, *event);
-            } else {
-                self.child(event, event, &mut sink);
+            if event.remote_port != 0 {
+                return self.child(event, event, &mut sink);
             }
+            if !self.has_room(event.time_ns) {
+                return Err(Refused::Full);
+            }
+            self.children.insert(event.sk, *event);
             return Ok(());
         }
         if let Some(first) = waiting {
             if from == TcpState::SYN_RECV {
-                self.child(&first, event, &mut sink);
+                // Its place is free now.
+                self.child(&first, event, &mut sink)?;
             } else {
                 self.lone_child(&first, &mut sink);
             }
         }
-        self.step(event, container, &mut sink);
-        Ok(())
+        self.step(event, container, &mut sink)
     }
 
     /// Gives up waiting for the second event of accepted sockets whose first is older than `before_ns`: it
@@ -98,7 +105,12 @@ impl Table {
     }
 
     /// An accepted socket, by its first event and the one that tells who it is.
-    fn child(&mut self, first: &SetState, second: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
+    fn child(
+        &mut self,
+        first: &SetState,
+        second: &SetState,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> Result<(), Refused> {
         let cookie = cookie(second);
         let id = self.new_id(cookie);
         let mut socket = new_socket(second, id, cookie);
@@ -116,6 +128,9 @@ impl Table {
         }
         self.vacate(second, first.time_ns, sink);
         self.reused(ends, first.time_ns, sink);
+        if !self.has_room(first.time_ns) {
+            return Err(Refused::Full);
+        }
         sink(&child_change(
             first,
             &socket,
@@ -132,6 +147,7 @@ impl Table {
             ..Full::new(socket, stay, first.time_ns)
         };
         self.full.insert(self.event_key(second), full);
+        Ok(())
     }
 
     /// The half-open request that became the child, and gave it its cookie.
@@ -171,7 +187,7 @@ impl Table {
         event: &SetState,
         container: Option<&Arc<str>>,
         sink: &mut impl FnMut(&Change<'_>),
-    ) {
+    ) -> Result<(), Refused> {
         let (from, to) = (event.from(), event.to());
         let key = self.event_key(event);
         let opening = from == TcpState::CLOSE;
@@ -183,7 +199,13 @@ impl Table {
             self.full.place(key)
         };
         let new = known.is_none();
-        let place = known.unwrap_or_else(|| self.take_in(key, event));
+        let place = match known {
+            Some(place) => place,
+            None => {
+                self.make_room(event, sink)?;
+                self.take_in(key, event)
+            }
+        };
         let lost_until_ns = self.lost_until_ns;
         let since_ns = if opening { event.time_ns } else { 0 };
         let accepted = self.owners.accepted_early(key, since_ns);
@@ -216,7 +238,7 @@ impl Table {
             (before, dwell)
         });
         let Some((before, dwell)) = stepped else {
-            return;
+            return Ok(());
         };
         if dwell == Dwell::Unknown(Discard::Mismatch) {
             self.corrections.count(Correction::Event);
@@ -232,10 +254,10 @@ impl Table {
             if let Some(full) = self.full.remove_at(place) {
                 self.close(event, full, dwell, before, sink);
             }
-            return;
+            return Ok(());
         }
         let Some(full) = self.full.at(place) else {
-            return;
+            return Ok(());
         };
         if to == TcpState::ESTABLISHED {
             self.owners.established(&full.socket);
@@ -254,6 +276,43 @@ impl Table {
         });
         if to == TcpState::CLOSE {
             self.full.remove_at(place);
+        }
+        Ok(())
+    }
+
+    /// For a socket that the table does not know. One that is refused ends what was there before all the same, and a dump
+    /// that is being read does not bring it back when it has closed.
+    fn make_room(
+        &mut self,
+        event: &SetState,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> Result<(), Refused> {
+        if self.len() < self.most {
+            return Ok(());
+        }
+        let (_, local, remote) = ends(event);
+        let netns = (event.netns != 0).then_some(event.netns);
+        let ends = self.identity.tuple(netns, local, remote);
+        if event.from() == TcpState::SYN_SENT && event.to() != TcpState::CLOSE {
+            self.reused(ends, event.time_ns, sink);
+        }
+        if event.to() == TcpState::CLOSE {
+            self.note_close(event, ends);
+        }
+        match self.has_room(event.time_ns) {
+            true => Ok(()),
+            false => Err(Refused::Full),
+        }
+    }
+
+    /// A dump that is being read may show the full socket still.
+    fn note_close(&mut self, event: &SetState, ends: Tuple) {
+        let key = self.event_key(event);
+        if let Some(closed) = &mut self.closed {
+            match self.identity {
+                Identity::Cookie | Identity::Address => closed.full(key, event.time_ns),
+                Identity::Ends => closed.full_by_ends(ends, event.time_ns),
+            }
         }
     }
 
@@ -303,14 +362,8 @@ impl Table {
             before,
             after: (!gone).then(|| Place::of(&socket)),
         });
-        // Also where a minisocket takes its place: a dump may have read the full one.
-        let (key, ends) = (self.event_key(event), self.tuple(&socket));
-        if let Some(closed) = &mut self.closed {
-            match self.identity {
-                Identity::Cookie | Identity::Address => closed.full(key, event.time_ns),
-                Identity::Ends => closed.full_by_ends(ends, event.time_ns),
-            }
-        }
+        // Also where a minisocket takes its place.
+        self.note_close(event, self.tuple(&socket));
         if gone {
             return;
         }

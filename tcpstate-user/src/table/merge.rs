@@ -136,6 +136,14 @@ impl Table {
     }
 
     fn merge_ends(&mut self, merge: &mut Merge) {
+        // Of one that was refused shortly before, the dump may have read what it was until then.
+        if merge.is_of_all()
+            && self
+                .refused_ns
+                .is_some_and(|refused_ns| merge.was_there(refused_ns))
+        {
+            self.refused_ns = None;
+        }
         let left = &mut merge.merged.unlisted;
         if merge.snapshot.whole_host && merge.snapshot.states == StateMask::ALL {
             // The inode of a namespace that is gone may be another's, which no dump lists, once nothing is left in it.

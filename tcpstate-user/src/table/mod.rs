@@ -31,7 +31,7 @@ use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::{SetState, TcpState};
 
 use crate::model::{ConnectionId, Endpoint, Named, named};
-pub use apply::NoCookie;
+pub use apply::Refused;
 use closed::Closed;
 use full::{Full, FullSockets};
 pub use merge::{Merge, Merged};
@@ -137,6 +137,9 @@ impl Stay {
     }
 }
 
+/// How many sockets a table holds, of all kinds: memory is bounded, whatever a host does.
+pub const MOST_SOCKETS: usize = 1_000_000;
+
 /// Network namespace, as far as events tell it, and both ends.
 type Tuple = (Option<u32>, Endpoint, Endpoint);
 
@@ -180,6 +183,10 @@ pub struct Table {
     /// they carry the listener's cookie and no remote end.
     children: FxHashMap<u64, SetState>,
     owners: Owners,
+    /// As many sockets as it may hold.
+    most: usize,
+    /// When it last had no room for one; `None` where it lacks none.
+    refused_ns: Option<u64>,
     generations: Generations,
     /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
@@ -212,7 +219,15 @@ impl Corrections {
 impl Table {
     #[must_use]
     pub fn new(identity: Identity) -> Self {
+        Self::holding(identity, MOST_SOCKETS)
+    }
+
+    /// Of so many sockets at most.
+    #[must_use]
+    pub fn holding(identity: Identity, most: usize) -> Self {
         Self {
+            most,
+            refused_ns: None,
             identity,
             full: FullSockets::new(identity),
             mini: Minis::new(identity),
@@ -248,6 +263,28 @@ impl Table {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// There was no room for some sockets, and no dump of all has been merged since that found room for all: what it says
+    /// of those that it holds is right, but they are not all.
+    #[must_use]
+    pub const fn is_incomplete(&self) -> bool {
+        self.refused_ns.is_some()
+    }
+
+    /// It lacks some, and has room again for a part of what it may hold: a dump may complete it.
+    #[must_use]
+    pub fn wants_dump(&self) -> bool {
+        self.is_incomplete() && self.len() < self.most - self.most / 16
+    }
+
+    /// Whether there is room for one more, which came at `time_ns`.
+    fn has_room(&mut self, time_ns: u64) -> bool {
+        let room = self.len() < self.most;
+        if !room {
+            self.refused_ns = self.refused_ns.max(Some(time_ns));
+        }
+        room
     }
 
     /// Whether a dump has covered this network namespace.

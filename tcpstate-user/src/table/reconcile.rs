@@ -228,6 +228,9 @@ impl Table {
         dumped: Option<Dumped>,
         sink: &mut impl FnMut(&Change<'_>),
     ) {
+        if !self.has_room(record.read_ns.1) {
+            return;
+        }
         self.corrections.count(Correction::Found);
         sink(&found_change(record, &socket));
         let stay = Stay {
@@ -289,18 +292,18 @@ impl Table {
             }
         }
         let key = self.merge_mini(record, known, sink);
-        if let Some(mini) = self.mini.get_mut(key) {
+        if let Some(mini) = key.and_then(|key| self.mini.get_mut(key)) {
             mini.seen = dump;
         }
     }
 
-    /// Gives the key of the table's entry: there is one now.
+    /// Gives the key of the table's entry; none where there is no room for one.
     fn merge_mini(
         &mut self,
         record: &Record,
         known: Option<u64>,
         sink: &mut impl FnMut(&Change<'_>),
-    ) -> u64 {
+    ) -> Option<u64> {
         let expires_ns = record
             .expires_ns
             .map(|left| record.read_ns.1.saturating_add(left));
@@ -311,17 +314,20 @@ impl Table {
                 mini.socket.cookie = cookie(record).or(mini.socket.cookie);
             }
             if mini.socket.state == record.state {
-                return key;
+                return Some(key);
             }
             if let Some(mini) = self.mini.remove(key) {
-                return self.move_mini(mini, record, sink);
+                return Some(self.move_mini(mini, record, sink));
             }
+        }
+        if !self.has_room(record.read_ns.1) {
+            return None;
         }
         let free = cookie(record).filter(|its| !self.full.contains(its.get()));
         let id = self.new_id(free);
         let socket = found_socket(record, id);
         sink(&found_change(record, &socket));
-        self.insert_mini(Mini {
+        Some(self.insert_mini(Mini {
             socket,
             stay: Stay {
                 since_ns: entered_time_wait(record, expires_ns).unwrap_or(record.read_ns.1),
@@ -331,7 +337,7 @@ impl Table {
             seen: 0,
             missed: false,
             event_ns: 0,
-        })
+        }))
     }
 
     /// An orphan got its peer's FIN; or an event's hint was wrong, and the dump is right.

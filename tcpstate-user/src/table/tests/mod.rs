@@ -4,6 +4,7 @@ mod cost;
 mod dumps;
 mod events;
 mod identity;
+mod limit;
 mod owners;
 mod properties;
 mod timewait;
@@ -141,8 +142,16 @@ const PART: usize = 2;
 
 impl Watched {
     fn new(identity: Identity) -> Self {
+        Self::of(Table::new(identity))
+    }
+
+    fn holding(identity: Identity, most: usize) -> Self {
+        Self::of(Table::holding(identity, most))
+    }
+
+    fn of(table: Table) -> Self {
         Self {
-            table: Table::new(identity),
+            table,
             seen: Vec::new(),
             gauges: BTreeMap::new(),
             sources: BTreeMap::new(),
