@@ -564,8 +564,11 @@ fn uid(event: &SetState) -> Option<u32> {
 }
 
 fn addr(bytes: [u8; 16]) -> IpAddr {
-    match bytes {
-        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, a, b, c, d] => Ipv4Addr::new(a, b, c, d).into(),
-        _ => Ipv6Addr::from(bytes).into(),
+    const MAPPED: u128 = 0xffff;
+    let bits = u128::from_be_bytes(bytes);
+    if bits >> 32 == MAPPED {
+        Ipv4Addr::from(bits as u32).into()
+    } else {
+        Ipv6Addr::from(bits).into()
     }
 }
