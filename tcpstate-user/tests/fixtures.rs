@@ -48,7 +48,7 @@ fn told(recording: &str) -> String {
             };
             let owner = change
                 .socket
-                .owner
+                .owner()
                 .map_or("none", |owner| owner.source.name());
             let dwell = match change.dwell {
                 Dwell::Seen(_) => "timed",

@@ -84,7 +84,7 @@ fn rich() -> View {
     View {
         health: Health {
             events_received: 123_456_789,
-            events_lost: [17, 0, 1],
+            events_lost: [17, 0, 1, 0],
             features: vec![(Feature::TpBtf, true), (Feature::SocketCookie, false)],
             reconciles: 12,
             reconcile_failures: 1,
@@ -114,6 +114,7 @@ fn rich() -> View {
             corrections: vec![("event", 1), ("state", 0), ("found", 2), ("gone", 0)],
             owner_lookups: vec![("connect", 60), ("accept", 0), ("sweep", 7)],
             table_entries: 65,
+            incomplete: false,
         })),
     }
 }
@@ -156,6 +157,38 @@ fn the_whole_page() {
 #[test]
 fn before_the_first_snapshot_the_page_is_about_itself() {
     golden("metrics_before_ready", early_page());
+}
+
+/// What the table had no room for is in no gauge; counters of what it did have go on.
+#[test]
+fn of_a_table_that_is_full_there_are_no_gauges_of_sockets() {
+    let rich = rich();
+    let counted = rich.counted.as_deref().expect("it was counted").clone();
+    let view = View {
+        counted: Some(Arc::new(Counted {
+            incomplete: true,
+            ..counted
+        })),
+        ..rich
+    };
+    let full = page(&view, &PROCESS, &BUILD).expect("a page");
+    let names = |page: &str| -> BTreeSet<String> {
+        let names = series(page).map(|series| series.split('{').next().expect("a name").to_owned());
+        names.collect()
+    };
+    let absent: Vec<String> = names(&rich_page())
+        .difference(&names(&full))
+        .cloned()
+        .collect();
+    assert_eq!(
+        absent,
+        [
+            "tcpstate_process_oldest_state_entry_timestamp_seconds",
+            "tcpstate_process_sockets",
+            "tcpstate_process_sockets_aged",
+            "tcpstate_sockets",
+        ]
+    );
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
-use cargo_metadata::{Message, TargetKind};
+use cargo_metadata::{Artifact, Message, TargetKind};
 
 use crate::{host, setup};
 
@@ -50,26 +50,9 @@ pub struct TestBinary {
 
 /// Builds the tests that `cargo test` with these arguments would run.
 pub fn tests(what: &str, arguments: &[&str]) -> Result<Vec<TestBinary>> {
-    host::say(what);
-    let mut command = host::cargo();
-    command
-        .args([
-            "test",
-            "--no-run",
-            "--message-format=json-render-diagnostics",
-        ])
-        .args(arguments)
-        .stdout(Stdio::piped());
-    let mut cargo = command
-        .spawn()
-        .with_context(|| host::cannot_start(&command))?;
-    let messages = cargo.stdout.take().expect("stdout is piped");
+    let command = [&["test", "--no-run"], arguments].concat();
     let mut binaries = Vec::new();
-    for message in Message::parse_stream(std::io::BufReader::new(messages)) {
-        let Message::CompilerArtifact(artifact) = message.context("can't read cargo's messages")?
-        else {
-            continue;
-        };
+    for artifact in artifacts(what, &command)? {
         let Some(path) = artifact.executable.filter(|_| artifact.profile.test) else {
             continue;
         };
@@ -84,9 +67,52 @@ pub fn tests(what: &str, arguments: &[&str]) -> Result<Vec<TestBinary>> {
             package: package.as_std_path().to_owned(),
         });
     }
+    Ok(binaries)
+}
+
+/// Builds the replay of a fixed stream as one static file, and gives its path: this machine's libc is no part of it.
+pub fn static_replay() -> Result<PathBuf> {
+    let built = artifacts(
+        "building a static replay",
+        &[
+            "build",
+            "--release",
+            "--package=tcpstate-user",
+            "--bench=replay",
+            "--target",
+            setup::MUSL,
+        ],
+    )?;
+    let replay = built
+        .into_iter()
+        .find(|artifact| artifact.target.kind.contains(&TargetKind::Bench));
+    let path = replay.and_then(|artifact| artifact.executable);
+    Ok(path.context("cargo built no replay")?.into_std_path_buf())
+}
+
+/// What cargo made by this command.
+fn artifacts(what: &str, arguments: &[&str]) -> Result<Vec<Artifact>> {
+    host::say(what);
+    let mut command = host::cargo();
+    command
+        .args(arguments)
+        .arg("--message-format=json-render-diagnostics")
+        .stdout(Stdio::piped());
+    let mut cargo = command
+        .spawn()
+        .with_context(|| host::cannot_start(&command))?;
+    let messages = cargo.stdout.take().expect("stdout is piped");
+    let mut artifacts = Vec::new();
+    for message in Message::parse_stream(std::io::BufReader::new(messages)) {
+        if let Message::CompilerArtifact(artifact) =
+            message.context("can't read cargo's messages")?
+        {
+            artifacts.push(artifact);
+        }
+    }
     let status = cargo.wait()?;
     if !status.success() {
         bail!("{what}: {} ended with {status}", host::shown(&command));
     }
-    Ok(binaries)
+    Ok(artifacts)
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask check`: everything that can be said about the sources without running them. All steps run, whatever one of
+//! `cargo xtask check`: everything that can be said about the sources without testing them. All steps run, whatever one of
 //! them finds.
 
 use std::env;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{host, imports, setup};
+use crate::{host, imports, instructions, setup};
 
 enum Outcome {
     Passed,
@@ -17,7 +17,7 @@ enum Outcome {
 
 type Step = fn() -> Result<Outcome>;
 
-const STEPS: [(&str, Step); 9] = [
+const STEPS: [(&str, Step); 10] = [
     ("format", format),
     ("clippy", clippy),
     ("clippy, eBPF", clippy_ebpf),
@@ -27,6 +27,9 @@ const STEPS: [(&str, Step); 9] = [
     ("documentation", documentation),
     ("local paths", local_paths),
     ("shell", shell),
+    ("instructions", || {
+        instructions::check().map(|()| Outcome::Passed)
+    }),
 ];
 
 pub fn all() -> Result<()> {

@@ -12,6 +12,7 @@ mod debian;
 mod fuzz;
 mod host;
 mod imports;
+mod instructions;
 mod libtest;
 mod run;
 mod setup;
@@ -58,7 +59,7 @@ enum Command {
         #[arg(long, value_name = "N", default_value_t = 20)]
         minutes: u64,
     },
-    /// Check format, lints, dependencies, imports and documentation
+    /// Check format, lints, dependencies, imports, documentation, and the instructions that events take
     Check,
     /// Run the live tests on Debian's kernels in QEMU; ends with `N passed, N failed`
     Vm {

@@ -38,7 +38,10 @@ pub fn for_check() -> Result<()> {
     for_build()?;
     component("rustfmt", "../../bin/cargo-fmt")?;
     component("clippy", "../../bin/cargo-clippy")?;
-    cargo_tool(CARGO_DENY)
+    cargo_tool(CARGO_DENY)?;
+    // For what is counted of the replay.
+    rustup(&["target", "add"], MUSL, MUSL)?;
+    programs(&[("valgrind", "valgrind")])
 }
 
 pub fn for_test() -> Result<()> {

@@ -458,7 +458,7 @@ fn what_can_not_be_shown_is_refused_with_its_value() {
     let error = |line: &str| parse_line(line).unwrap_err().to_string();
     assert_eq!(
         error(&line("flood", 1)),
-        "field `reason`: unknown loss reason `flood`; known: ring_full, recursion, slow_reader, decode"
+        "field `reason`: unknown loss reason `flood`; known: ring_full, recursion, slow_reader, decode, table_full"
     );
     assert_eq!(
         error(&line("decode", 2)),

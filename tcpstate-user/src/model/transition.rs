@@ -66,6 +66,8 @@ named! {
         /// The reader of this stream did not keep up.
         SlowReader = "slow_reader",
         Decode = "decode",
+        /// The table of sockets had no room for the event's.
+        TableFull = "table_full",
     }
 }
 

@@ -99,10 +99,11 @@ pub const FAILURE_REASONS: [End; 5] = [
 ];
 
 /// Why events did not reach the table: the part of [`LossReason`] that is the tracer's own and not a stream's.
-pub const EVENT_LOSSES: [LossReason; 3] = [
+pub const EVENT_LOSSES: [LossReason; 4] = [
     LossReason::RingFull,
     LossReason::Recursion,
     LossReason::Decode,
+    LossReason::TableFull,
 ];
 
 named! {
@@ -213,6 +214,8 @@ pub struct Counted {
     /// With the names of [`OwnerSource`](super::OwnerSource).
     pub owner_lookups: Vec<(&'static str, u64)>,
     pub table_entries: u64,
+    /// There was no room in the table for some sockets: `sockets` and what is made of them are too low.
+    pub incomplete: bool,
 }
 
 /// The kernel's own counters.

@@ -21,6 +21,7 @@ use crate::export::{LineWriter, Look, Rows, log};
 use crate::filter::{Inode, Selection};
 use crate::kernel::RingSize;
 use crate::model::{Line, Listed, NetnsSelection, Source};
+use crate::table::MOST_SOCKETS;
 
 /// Each holds all its rows, some 30 MB for 100,000 sockets, until its reader has taken them.
 pub const MOST_LISTS: usize = 4;
@@ -43,6 +44,11 @@ pub enum NoList {
     Stopped(#[from] Stopped),
     #[error("no snapshot of the sockets: {0}")]
     NoDump(String),
+    #[error(
+        "there are more sockets than the table holds, {MOST_SOCKETS}, and a list would lack some; \
+         `tcpstate list --direct --netns INODE` lists one network namespace"
+    )]
+    Incomplete,
 }
 
 /// Lists that were asked for. Each waits for a dump of all sockets, and for a sweep over their holders after that.
@@ -138,9 +144,14 @@ impl Listing {
         self.rows.extend(rows);
     }
 
-    pub fn finish(self) {
+    /// `incomplete`: the table lacks some.
+    pub fn finish(self, incomplete: bool) {
+        let rows = match incomplete {
+            true => Err(NoList::Incomplete),
+            false => Ok(self.rows),
+        };
         // Who asked may have given up.
-        let _ = self.reply.send(Ok(self.rows));
+        let _ = self.reply.send(rows);
     }
 }
 
@@ -309,7 +320,7 @@ mod tests {
     fn swept(lists: &mut Lists, answer: &mut Answer) -> bool {
         for mut listing in lists.swept(0) {
             listing.part(std::iter::empty());
-            listing.finish();
+            listing.finish(false);
         }
         answer.try_recv().is_ok_and(|rows| rows.is_ok())
     }

@@ -34,7 +34,7 @@ use crate::model::view::{Counted, EVENT_LOSSES, Health, KernelCounted, View};
 use crate::model::{Listed, Loss, LossReason, NetnsSelection, ProcessId, TcpState};
 use crate::owner::{Containers, comm_of, in_initial_pid_namespace};
 use crate::stats::{AgeScan, Stats};
-use crate::table::{Change, Identity, Merge, STORE_NS, Table, Walk};
+use crate::table::{Change, Identity, MOST_SOCKETS, Merge, Refused, STORE_NS, Table, Walk};
 
 /// How long an event may lie in the ring that has not filled to where the kernel wakes us.
 const TICK: Duration = Duration::from_millis(25);
@@ -46,6 +46,9 @@ const SECOND_NS: u64 = 1_000_000_000;
 
 /// How long a scrape waits for a dump before it gets what there is.
 const SCRAPE_WAIT_NS: u64 = 2 * SECOND_NS;
+
+/// Between two dumps that are to complete a table that lacked room.
+const REFILL_NS: u64 = 10 * SECOND_NS;
 
 pub struct Options {
     pub netns: NetnsSelection,
@@ -221,6 +224,8 @@ struct State {
     /// Pids are here what they are in records.
     pids_are_ours: bool,
     unreachable: usize,
+    /// The table lacked sockets when that was last looked at.
+    incomplete: bool,
     unlisted: Unlisted,
     /// Why the last dump that failed did; empty after one that did not.
     dump_failure: String,
@@ -285,6 +290,7 @@ impl State {
                 .unwrap_or(u64::MAX),
             pids_are_ours: in_initial_pid_namespace(),
             unreachable: 0,
+            incomplete: false,
             unlisted: Unlisted::default(),
             dump_failure: String::new(),
             sweep_failure: String::new(),
@@ -419,14 +425,22 @@ impl State {
             None
         };
         let tell = tell(&mut self.stats, &mut self.streams, self.boot_to_unix_ns);
-        let applied = self.table.apply(&event, container.as_ref(), tell);
-        if applied.is_err() {
-            self.lose(LossReason::Decode, 1, event.time_ns);
+        match self.table.apply(&event, container.as_ref(), tell) {
+            Ok(()) => {}
+            Err(Refused::NoCookie) => self.lose(LossReason::Decode, 1, event.time_ns),
+            // Of the sockets that it has, nothing is lost.
+            Err(Refused::Full) => self.count_loss(LossReason::TableFull, 1, event.time_ns),
         }
     }
 
     fn lose(&mut self, reason: LossReason, count: u64, time_ns: u64) {
         self.table.events_lost(time_ns);
+        self.count_loss(reason, count, time_ns);
+        // What the table missed, a dump repairs.
+        self.next_full_ns = self.next_full_ns.min(time_ns.saturating_add(SECOND_NS));
+    }
+
+    fn count_loss(&mut self, reason: LossReason, count: u64, time_ns: u64) {
         if let Some(index) = EVENT_LOSSES.iter().position(|&known| known == reason) {
             self.health.events_lost[index] += count;
         }
@@ -435,8 +449,22 @@ impl State {
             count,
             reason,
         });
-        // What the table missed, a dump repairs.
-        self.next_full_ns = self.next_full_ns.min(time_ns.saturating_add(SECOND_NS));
+    }
+
+    /// Says once that the table lacks sockets, and has it completed when it has room.
+    fn check_room(&mut self) {
+        let incomplete = self.table.is_incomplete();
+        if incomplete && !self.incomplete {
+            tracing::warn!(
+                "there are more sockets than the table holds, {MOST_SOCKETS}: there are no gauges of them until it has room \
+                 for all"
+            );
+        }
+        self.incomplete = incomplete;
+        if self.table.wants_dump() {
+            let due_ns = self.dumped_ns.saturating_add(REFILL_NS);
+            self.next_full_ns = self.next_full_ns.min(due_ns);
+        }
     }
 
     /// Losses that no later record has told of.
@@ -473,6 +501,7 @@ impl State {
             self.table
                 .flush_children(now_ns.saturating_sub(SECOND_NS), tell);
             self.streams.flush();
+            self.check_room();
         }
         if self.dump.is_none() && now_ns >= self.next_full_ns {
             self.begin_dump(Dump::Full, now_ns);
@@ -522,8 +551,10 @@ impl State {
         let counted = self.is_ready().then(|| {
             let entries = self.table.len() as u64;
             let corrections = self.table.corrections();
-            let counted: Counted = self.stats.counted(now_ns(), entries, corrections);
-            Arc::new(counted)
+            Arc::new(Counted {
+                incomplete: self.table.is_incomplete(),
+                ..self.stats.counted(now_ns(), entries, corrections)
+            })
         });
         View {
             health: Health {

@@ -120,7 +120,7 @@ mod tests {
     use crate::model::view::{CommView, Counted, GAUGE_STATES};
     use crate::model::{ConnectionId, Endpoint, Evidence, Family, Owner, OwnerSource, Process};
     use crate::stats::Stats;
-    use crate::table::{Change, Dwell, Socket};
+    use crate::table::{Change, Dwell, Owned, Socket};
 
     const SECOND: u64 = 1_000_000_000;
     const HOUR: u64 = 3600 * SECOND;
@@ -169,12 +169,14 @@ mod tests {
             remote: Endpoint::default(),
             state: to.unwrap_or(TcpState::CLOSE),
             role: None,
-            owner: comm.map(|_| Owner {
-                process,
-                source: OwnerSource::Connect,
+            owned: comm.map(|_| {
+                let source = OwnerSource::Connect;
+                Arc::new(Owned {
+                    owner: Owner { process, source },
+                    container: None,
+                })
             }),
             uid: None,
-            container: None,
             holders: None,
             established: false,
         };

@@ -78,8 +78,11 @@ impl Stats {
         let (before, after) = (gauge(change.before), gauge(change.after));
         match (before, after) {
             (Some((from, left)), Some((to, entered))) if from == to => {
-                self.shift(from, left, entered);
-                self.count(change);
+                let happened = self.happened(change);
+                let counters = self.shift(from, left, entered);
+                if let Some(happened) = happened {
+                    happened.count(change, counters);
+                }
             }
             _ => {
                 // The new name first and the old one last: what happened counts while both are there.
@@ -141,6 +144,7 @@ impl Stats {
             corrections: by_name::<Correction, _>(corrections),
             owner_lookups: by_name::<OwnerSource, _>(self.owners),
             table_entries,
+            incomplete: false,
         }
     }
 
@@ -175,7 +179,8 @@ impl Stats {
         }
     }
 
-    fn shift(&mut self, comm: Option<Comm>, from: usize, to: usize) {
+    /// Gives where counts what happened to a socket of that name.
+    fn shift(&mut self, comm: Option<Comm>, from: usize, to: usize) -> &mut Counters {
         match comm {
             Some(comm) => self.names.shift(comm, from, to),
             None => {
@@ -183,13 +188,14 @@ impl Stats {
                     self.none_gauges.add(to);
                     self.none.note_state(to);
                 }
+                &mut self.none
             }
         }
     }
 
     /// Of the socket, and not of where it counts now: one that is gone can have come to be known by its close.
     fn count_owner(&mut self, change: &Change<'_>) {
-        let source = change.socket.owner.map(|owner| owner.source);
+        let source = change.socket.owner().map(|owner| owner.source);
         let before = change.before.and_then(|before| before.source);
         if let Some(source) = source.filter(|_| source != before) {
             self.owners[source as usize] += 1;
@@ -198,6 +204,19 @@ impl Stats {
 
     /// What the change adds to the counters of the name that the socket's owner has now.
     fn count(&mut self, change: &Change<'_>) {
+        let Some(happened) = self.happened(change) else {
+            return;
+        };
+        let owned = change.socket.owned.as_ref();
+        let counters = match owned.and_then(|owned| owned.owner.process.comm) {
+            Some(comm) => self.names.counters(comm, change.time_ns),
+            None => &mut self.none,
+        };
+        happened.count(change, counters);
+    }
+
+    /// `None` if nothing counts for the socket's owner.
+    fn happened(&mut self, change: &Change<'_>) -> Option<Happened> {
         let dwell = match change.dwell {
             Dwell::Seen(ns) => timed_state_left(change, self.timed).map(|state| (state, ns)),
             Dwell::Unknown(reason) => {
@@ -215,18 +234,25 @@ impl Stats {
                 TcpState::ESTABLISHED
             ))
         );
-        if dwell.is_none() && !connected && change.end.is_none() {
-            return;
-        }
+        let any = dwell.is_some() || connected || change.end.is_some();
+        any.then_some(Happened { dwell, connected })
+    }
+}
+
+/// What counts, beside how the connection ended.
+struct Happened {
+    /// The state that the socket left, and how long it was there.
+    dwell: Option<(usize, u64)>,
+    connected: bool,
+}
+
+impl Happened {
+    fn count(self, change: &Change<'_>, counters: &mut Counters) {
         let socket = change.socket;
-        let counters = match socket.owner.and_then(|owner| owner.process.comm) {
-            Some(comm) => self.names.counters(comm, change.time_ns),
-            None => &mut self.none,
-        };
-        if let Some((state, ns)) = dwell {
+        if let Some((state, ns)) = self.dwell {
             counters.record_dwell(state, ns);
         }
-        if connected {
+        if self.connected {
             counters.count_connection(socket.role);
         }
         match change.end {

@@ -9,7 +9,10 @@
 //! nothing for so long that pages have shown all of it: else who changes names fast would make counts vanish unseen.
 
 use std::collections::HashMap;
+use std::hash::BuildHasher as _;
 use std::sync::Arc;
+
+use rustc_hash::FxBuildHasher;
 
 use super::counters::Counters;
 use super::gauges::Gauges;
@@ -20,6 +23,8 @@ pub const KEPT_NS: u64 = 3600 * 1_000_000_000;
 
 /// How long it keeps it though others wait for one: as long as Prometheus' scrapes may lie apart.
 pub const SHOWN_NS: u64 = 120 * 1_000_000_000;
+
+const HINTS: usize = 64;
 
 /// A name as it is counted: `_` in place of a leading `<`, so that nobody can pass for `<none>` or `<other>`.
 ///
@@ -62,8 +67,9 @@ pub struct Names {
     taken: HashMap<Comm, usize>,
     /// Names with live sockets and no place.
     waiting: HashMap<Comm, Gauges>,
-    /// The place asked for last: events come in runs of one name.
-    hint: usize,
+    /// The places asked for last, by a few bits of the name: events come in turn from few names. That names can be made
+    /// to collide here costs a look into `taken`.
+    hints: [usize; HINTS],
     /// What names without place count.
     pub other: Counters,
     /// How many names had to count as `<other>`.
@@ -78,7 +84,7 @@ impl Names {
             free: Vec::new(),
             taken: HashMap::new(),
             waiting: HashMap::new(),
-            hint: 0,
+            hints: [0; HINTS],
             other: Counters::default(),
             overflow: 0,
         }
@@ -127,8 +133,8 @@ impl Names {
         }
     }
 
-    /// A live socket of that name went from one state to another.
-    pub fn shift(&mut self, comm: Comm, from: usize, to: usize) {
+    /// A live socket of that name went from one state to another. Gives where else counts what happened to it.
+    pub fn shift(&mut self, comm: Comm, from: usize, to: usize) -> &mut Counters {
         let (gauges, counters) = if let Some(at) = self.find(comm) {
             let place = &mut self.places[at];
             (&mut place.gauges, &mut place.counters)
@@ -136,12 +142,13 @@ impl Names {
             (gauges, &mut self.other)
         } else {
             debug_assert!(false, "no socket of {comm:?}");
-            return;
+            return &mut self.other;
         };
         if gauges.remove(from) {
             gauges.add(to);
             counters.note_state(to);
         }
+        counters
     }
 
     /// Where something counts that happened to a socket of that name.
@@ -222,12 +229,12 @@ impl Names {
     }
 
     fn find(&mut self, comm: Comm) -> Option<usize> {
-        let hinted = self.places.get(self.hint);
-        if hinted.is_some_and(|place| place.key == Some(comm)) {
-            return Some(self.hint);
+        let hint = &mut self.hints[FxBuildHasher.hash_one(comm) as usize % HINTS];
+        let hinted = self.places.get(*hint);
+        if hinted.is_none_or(|place| place.key != Some(comm)) {
+            *hint = *self.taken.get(&key(comm))?;
         }
-        self.hint = *self.taken.get(&key(comm))?;
-        Some(self.hint)
+        Some(*hint)
     }
 
     /// Gives a place to a name that waits, with its gauges; false if none is free.

@@ -9,10 +9,22 @@ use super::names::SHOWN_NS;
 use super::*;
 use crate::model::view::{FAILURE_REASONS, GAUGE_STATES};
 use crate::model::{ConnectionId, End, Endpoint, Evidence, Family, Owner, OwnerSource, Process};
-use crate::table::{Discard, Socket};
+use crate::table::{Discard, Owned, Socket};
 
 const SECOND: u64 = 1_000_000_000;
 const HOUR: u64 = 3600 * SECOND;
+
+fn owned_by(comm: &str, source: OwnerSource) -> Arc<Owned> {
+    let process = Process {
+        pid: 1,
+        start_ns: 1,
+        comm: Some(Comm::from_bytes(comm.as_bytes())),
+    };
+    Arc::new(Owned {
+        owner: Owner { process, source },
+        container: None,
+    })
+}
 
 fn socket(comm: Option<&str>, state: TcpState) -> Socket {
     Socket {
@@ -24,16 +36,8 @@ fn socket(comm: Option<&str>, state: TcpState) -> Socket {
         remote: Endpoint::default(),
         state,
         role: Some(Role::Active),
-        owner: comm.map(|comm| Owner {
-            process: Process {
-                pid: 1,
-                start_ns: 1,
-                comm: Some(Comm::from_bytes(comm.as_bytes())),
-            },
-            source: OwnerSource::Connect,
-        }),
+        owned: comm.map(|comm| owned_by(comm, OwnerSource::Connect)),
         uid: None,
-        container: None,
         holders: None,
         established: false,
     }
@@ -43,8 +47,8 @@ fn place(socket: &Socket) -> Option<Place> {
     let gone = socket.state == TcpState::CLOSE;
     (!gone).then_some(Place {
         state: socket.state,
-        comm: socket.owner.and_then(|owner| owner.process.comm),
-        source: socket.owner.map(|owner| owner.source),
+        comm: socket.owner().and_then(|owner| owner.process.comm),
+        source: socket.owner().map(|owner| owner.source),
     })
 }
 
@@ -119,10 +123,9 @@ fn an_owner_counts_when_it_comes_to_be_known_and_again_by_another_way() {
     let nobodys = socket(None, TcpState::ESTABLISHED);
     stats.apply(&change(1, None, &nobodys));
     assert_eq!(owners(&mut stats), []);
-    let owned = |source, state| {
-        let mut socket = socket(Some("server"), state);
-        socket.owner.as_mut().expect("it has one").source = source;
-        socket
+    let owned = |source, state| Socket {
+        owned: Some(owned_by("server", source)),
+        ..socket(None, state)
     };
     let [waiting, accepted, closing, closed] = [
         owned(OwnerSource::Listener, TcpState::ESTABLISHED),
@@ -308,7 +311,7 @@ fn a_rename_moves_the_gauges_and_nothing_else() {
     let mut stats = Stats::new(5);
     let sh = open(&mut stats, 1, "sh");
     let nginx = Socket {
-        owner: socket(Some("nginx"), TcpState::ESTABLISHED).owner,
+        owned: socket(Some("nginx"), TcpState::ESTABLISHED).owned,
         ..sh.clone()
     };
     stats.apply(&change(2, Some(&sh), &nginx));
@@ -618,15 +621,15 @@ proptest! {
                 1 => (!open.is_empty()).then(|| open.remove(0)),
                 // At once; or one whose owner only its end tells.
                 kind => {
-                    let owner = if kind == 2 { established.owner } else { None };
-                    let opened = Socket { owner, ..established.clone() };
+                    let owned = if kind == 2 { established.owned.clone() } else { None };
+                    let opened = Socket { owned, ..established.clone() };
                     stats.apply(&change(now_ns, None, &opened));
                     Some(opened)
                 }
             };
             if let Some(before) = closing {
-                let owner = before.owner.or(established.owner);
-                let closed = Socket { state: TcpState::CLOSE, owner, ..before.clone() };
+                let owned = before.owned.clone().or(established.owned.clone());
+                let closed = Socket { state: TcpState::CLOSE, owned, ..before.clone() };
                 let end = Some(End::LocalClose);
                 stats.apply(&Change { end, ..change(now_ns, Some(&before), &closed) });
                 happened += 1;

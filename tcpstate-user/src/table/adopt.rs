@@ -4,7 +4,7 @@ use tcpstate_common::{SetState, TcpState};
 
 use super::apply::{cookie, ends};
 use super::{Change, Correction, Discard, Dwell, Identity, Place, Table};
-use crate::model::{Endpoint, Evidence};
+use crate::model::Evidence;
 
 impl Table {
     /// Makes room for the event's socket: the end of what has its key was lost.
@@ -38,10 +38,10 @@ impl Table {
 
     /// Where the address is the key: what the table has there may be another socket, or elsewhere.
     pub(super) fn adopt(&mut self, event: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
-        let (_, local, remote) = ends(event);
         match self.identity {
             Identity::Cookie => {}
             Identity::Address => {
+                let (_, local, remote) = ends(event);
                 let known = self.full.get(event.sk);
                 let is_another = known.is_some_and(|known| {
                     let socket = &known.socket;
@@ -51,15 +51,16 @@ impl Table {
                     self.end_was_lost(event.sk, event.time_ns, sink);
                 }
             }
-            Identity::Ends => self.adopt_by_ends(event, local, remote),
+            Identity::Ends => self.adopt_by_ends(event),
         }
     }
 
     /// A dump found it, and told no address. It may be another that is alike.
-    fn adopt_by_ends(&mut self, event: &SetState, mut local: Endpoint, remote: Endpoint) {
+    fn adopt_by_ends(&mut self, event: &SetState) {
         if self.full.contains(event.sk) {
             return;
         }
+        let (_, mut local, remote) = ends(event);
         if event.from() == TcpState::SYN_SENT {
             local.port = None;
         }

@@ -1,6 +1,7 @@
 //! The door for events.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZero;
 use std::sync::Arc;
 
 use tcpstate_common::SetState;
@@ -8,11 +9,12 @@ use tcpstate_common::TcpState;
 use tcpstate_common::event::{AF_INET, FLAG_DEAD, FLAG_SOCKET_READ, FLAG_TASK, SEND_SHUTDOWN};
 
 use super::fate::{Fate, end, fate};
-use super::owners::{Known, as_listener, own_by};
+use super::owners::Shared;
 use super::reconcile::{gone_change, mini_end};
 use super::timewait::fate_of;
 use super::{
-    Change, Correction, Discard, Dwell, Full, Identity, Mini, Place, Socket, Stay, Table, Tuple,
+    Change, Correction, Discard, Dwell, Full, Identity, Mini, Owned, Place, Socket, Stay, Table,
+    Tuple,
 };
 use crate::model::{
     Comm, ConnectionId, Endpoint, Evidence, Family, Owner, OwnerSource, Process, Role,
@@ -21,9 +23,14 @@ use crate::model::{
 /// `TCP_TIMEWAIT_LEN`, include/net/tcp.h: the same in every kernel.
 pub(super) const TIME_WAIT_NS: u64 = 60_000_000_000;
 
-/// The event has no cookie where each should have one: it can't be told which socket's it is.
+/// Why an event was not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoCookie;
+pub enum Refused {
+    /// It has no cookie where each should have one: it can't be told which socket's it is.
+    NoCookie,
+    /// The socket is not in the table, and there is no room for it.
+    Full,
+}
 
 impl Table {
     /// Takes one event, in the order of the ring, and tells what changed.
@@ -31,39 +38,45 @@ impl Table {
     /// `container`: that of the event's process, where it has one.
     ///
     /// # Errors
-    /// [`NoCookie`]; nothing is taken.
+    /// [`Refused`]; of that event nothing is told.
     pub fn apply(
         &mut self,
         event: &SetState,
         container: Option<&Arc<str>>,
         mut sink: impl FnMut(&Change<'_>),
-    ) -> Result<(), NoCookie> {
+    ) -> Result<(), Refused> {
         if self.identity == Identity::Cookie && event.cookie == 0 {
-            return Err(NoCookie);
+            return Err(Refused::NoCookie);
         }
         self.newest_ns = self.newest_ns.max(event.time_ns);
         let (from, to) = (event.from(), event.to());
-        let waiting = self.children.remove(&event.sk);
+        let waiting = match self.children.is_empty() {
+            // From 6.18 on there are none.
+            true => None,
+            false => self.children.remove(&event.sk),
+        };
         if from == TcpState::LISTEN && to == TcpState::SYN_RECV {
             if let Some(first) = waiting {
                 self.lone_child(&first, &mut sink);
             }
-            if event.remote_port == 0 {
-                self.children.insert(event.sk, *event);
-            } else {
-                self.child(event, event, &mut sink);
+            if event.remote_port != 0 {
+                return self.child(event, event, &mut sink);
             }
+            if !self.has_room(event.time_ns) {
+                return Err(Refused::Full);
+            }
+            self.children.insert(event.sk, *event);
             return Ok(());
         }
         if let Some(first) = waiting {
             if from == TcpState::SYN_RECV {
-                self.child(&first, event, &mut sink);
+                // Its place is free now.
+                self.child(&first, event, &mut sink)?;
             } else {
                 self.lone_child(&first, &mut sink);
             }
         }
-        self.step(event, container, &mut sink);
-        Ok(())
+        self.step(event, container, &mut sink)
     }
 
     /// Gives up waiting for the second event of accepted sockets whose first is older than `before_ns`: it
@@ -87,13 +100,17 @@ impl Table {
         let mut socket = new_socket(first, id, None);
         socket.remote = Endpoint::default();
         socket.role = Some(Role::Passive);
-        let known = self.listener_of(first, &socket);
-        own_by(&mut socket, known);
+        socket.owned = self.listener_of(first, &socket);
         sink(&child_change(first, &socket, None, None));
     }
 
     /// An accepted socket, by its first event and the one that tells who it is.
-    fn child(&mut self, first: &SetState, second: &SetState, sink: &mut impl FnMut(&Change<'_>)) {
+    fn child(
+        &mut self,
+        first: &SetState,
+        second: &SetState,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> Result<(), Refused> {
         let cookie = cookie(second);
         let id = self.new_id(cookie);
         let mut socket = new_socket(second, id, cookie);
@@ -103,8 +120,7 @@ impl Table {
             .owners
             .accepted_early(self.event_key(second), first.time_ns);
         let (accepted_ns, accepted) = accepted.unzip();
-        let known = accepted.or_else(|| self.listener_of(first, &socket));
-        own_by(&mut socket, known);
+        socket.owned = accepted.or_else(|| self.listener_of(first, &socket));
         let before = self.take_request(&socket).as_ref().map(Place::of);
         let ends = self.tuple(&socket);
         if let Some(closed) = &mut self.closed {
@@ -112,6 +128,9 @@ impl Table {
         }
         self.vacate(second, first.time_ns, sink);
         self.reused(ends, first.time_ns, sink);
+        if !self.has_room(first.time_ns) {
+            return Err(Refused::Full);
+        }
         sink(&child_change(
             first,
             &socket,
@@ -128,6 +147,7 @@ impl Table {
             ..Full::new(socket, stay, first.time_ns)
         };
         self.full.insert(self.event_key(second), full);
+        Ok(())
     }
 
     /// The half-open request that became the child, and gave it its cookie.
@@ -137,17 +157,18 @@ impl Table {
         if request.socket.state != TcpState::NEW_SYN_RECV {
             return None;
         }
-        self.remove_mini(key).map(|request| request.socket)
+        self.mini.remove(key).map(|request| request.socket)
     }
 
     /// Who listens for the socket that `first` is the first event of.
-    fn listener_of(&self, first: &SetState, child: &Socket) -> Option<Known> {
+    fn listener_of(&mut self, first: &SetState, child: &Socket) -> Option<Arc<Owned>> {
         // Up to 6.12 the event carries the listener's cookie.
         let keyed = self.identity == Identity::Cookie;
         let named = self.full.get(first.cookie).filter(|_| keyed);
         match named.map(|full| &full.socket) {
             Some(socket) if socket.state == TcpState::LISTEN => {
-                Some((as_listener(socket.owner?), socket.container.clone()))
+                let listener = socket.owned.as_ref()?;
+                Some(self.owners.shared.as_listener(listener))
             }
             _ => self.listening(child),
         }
@@ -166,23 +187,29 @@ impl Table {
         event: &SetState,
         container: Option<&Arc<str>>,
         sink: &mut impl FnMut(&Change<'_>),
-    ) {
+    ) -> Result<(), Refused> {
         let (from, to) = (event.from(), event.to());
         let key = self.event_key(event);
         let opening = from == TcpState::CLOSE;
-        if opening {
+        let known = if opening {
             self.vacate(event, event.time_ns, sink);
+            None
         } else {
             self.adopt(event, sink);
-        }
-        let new = !self.full.contains(key);
-        if new {
-            self.take_in(key, event);
-        }
+            self.full.place(key)
+        };
+        let new = known.is_none();
+        let place = match known {
+            Some(place) => place,
+            None => {
+                self.make_room(event, sink)?;
+                self.take_in(key, event)
+            }
+        };
         let lost_until_ns = self.lost_until_ns;
         let since_ns = if opening { event.time_ns } else { 0 };
         let accepted = self.owners.accepted_early(key, since_ns);
-        let stepped = self.full.change(key, |full| {
+        let stepped = self.full.change_at(place, |full| {
             let before = (!new).then(|| Place::of(&full.socket));
             let fits = full.socket.state == from;
             let dwell = if opening || from == to {
@@ -195,11 +222,11 @@ impl Table {
             full.event_ns = event.time_ns;
             full.missed = false;
             update(&mut full.socket, event);
-            if let Some((accepted_ns, known)) = accepted {
+            if let Some((accepted_ns, owned)) = accepted {
                 full.accepted_ns = accepted_ns;
-                own_by(&mut full.socket, Some(known));
+                full.socket.owned = Some(owned);
             }
-            own(&mut full.socket, event, container);
+            own(&mut full.socket, event, container, &mut self.owners.shared);
             if from != to && to != TcpState::CLOSE {
                 full.socket.state = to;
                 full.stay = Stay {
@@ -208,27 +235,29 @@ impl Table {
                 };
                 full.dumped = None;
             }
-            let ends = (full.socket.netns, full.socket.local, full.socket.remote);
-            (before, dwell, ends)
+            (before, dwell)
         });
-        let Some((before, dwell, ends)) = stepped else {
-            return;
+        let Some((before, dwell)) = stepped else {
+            return Ok(());
         };
         if dwell == Dwell::Unknown(Discard::Mismatch) {
             self.corrections.count(Correction::Event);
         }
-        if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
+        if from == TcpState::SYN_SENT
+            && to != TcpState::CLOSE
+            && let Some(full) = self.full.at(place)
+        {
             // Its port is known now.
-            self.reused(ends, event.time_ns, sink);
+            self.reused(self.tuple(&full.socket), event.time_ns, sink);
         }
         if to == TcpState::CLOSE && from != to {
-            if let Some(full) = self.full.remove(key) {
+            if let Some(full) = self.full.remove_at(place) {
                 self.close(event, full, dwell, before, sink);
             }
-            return;
+            return Ok(());
         }
-        let Some(full) = self.full.get(key) else {
-            return;
+        let Some(full) = self.full.at(place) else {
+            return Ok(());
         };
         if to == TcpState::ESTABLISHED {
             self.owners.established(&full.socket);
@@ -246,7 +275,44 @@ impl Table {
             after: (to != TcpState::CLOSE).then(|| Place::of(&full.socket)),
         });
         if to == TcpState::CLOSE {
-            self.full.remove(key);
+            self.full.remove_at(place);
+        }
+        Ok(())
+    }
+
+    /// For a socket that the table does not know. One that is refused ends what was there before all the same, and a dump
+    /// that is being read does not bring it back when it has closed.
+    fn make_room(
+        &mut self,
+        event: &SetState,
+        sink: &mut impl FnMut(&Change<'_>),
+    ) -> Result<(), Refused> {
+        if self.len() < self.most {
+            return Ok(());
+        }
+        let (_, local, remote) = ends(event);
+        let netns = (event.netns != 0).then_some(event.netns);
+        let ends = self.identity.tuple(netns, local, remote);
+        if event.from() == TcpState::SYN_SENT && event.to() != TcpState::CLOSE {
+            self.reused(ends, event.time_ns, sink);
+        }
+        if event.to() == TcpState::CLOSE {
+            self.note_close(event, ends);
+        }
+        match self.has_room(event.time_ns) {
+            true => Ok(()),
+            false => Err(Refused::Full),
+        }
+    }
+
+    /// A dump that is being read may show the full socket still.
+    fn note_close(&mut self, event: &SetState, ends: Tuple) {
+        let key = self.event_key(event);
+        if let Some(closed) = &mut self.closed {
+            match self.identity {
+                Identity::Cookie | Identity::Address => closed.full(key, event.time_ns),
+                Identity::Ends => closed.full_by_ends(ends, event.time_ns),
+            }
         }
     }
 
@@ -296,14 +362,8 @@ impl Table {
             before,
             after: (!gone).then(|| Place::of(&socket)),
         });
-        // Also where a minisocket takes its place: a dump may have read the full one.
-        let (key, ends) = (self.event_key(event), self.tuple(&socket));
-        if let Some(closed) = &mut self.closed {
-            match self.identity {
-                Identity::Cookie | Identity::Address => closed.full(key, event.time_ns),
-                Identity::Ends => closed.full_by_ends(ends, event.time_ns),
-            }
-        }
+        // Also where a minisocket takes its place.
+        self.note_close(event, self.tuple(&socket));
         if gone {
             return;
         }
@@ -325,8 +385,8 @@ impl Table {
         self.insert_mini(mini);
     }
 
-    /// A socket whose beginning was not seen, or that begins with this event.
-    fn take_in(&mut self, key: u64, event: &SetState) {
+    /// A socket whose beginning was not seen, or that begins with this event. Gives its place.
+    fn take_in(&mut self, key: u64, event: &SetState) -> u32 {
         let cookie = cookie(event);
         let mut socket = new_socket(event, self.new_id(cookie), cookie);
         socket.state = event.from();
@@ -340,7 +400,7 @@ impl Table {
         } else {
             self.corrections.count(Correction::Event);
         }
-        self.full.insert(key, full);
+        self.full.insert(key, full)
     }
 
     /// A socket has these ends now: the timewait socket that had them before was taken out of its way, without a word
@@ -352,12 +412,8 @@ impl Table {
         if let Some(closed) = &mut self.closed {
             closed.mini(ends, time_ns);
         }
-        let Some(Mini { mut socket, .. }) = self
-            .timewait
-            .get(&ends)
-            .copied()
-            .and_then(|key| self.remove_mini(key))
-        else {
+        let timewait = self.mini.with_ends(false, ends, |_| true);
+        let Some(Mini { mut socket, .. }) = timewait.and_then(|key| self.mini.remove(key)) else {
             return;
         };
         let before = Place::of(&socket);
@@ -370,8 +426,8 @@ impl Table {
 }
 
 /// Where each event should have one, that of the socket; else where the kernel has made one.
-pub(super) fn cookie(event: &SetState) -> Option<u64> {
-    (event.cookie != 0).then_some(event.cookie)
+pub(super) const fn cookie(event: &SetState) -> Option<NonZero<u64>> {
+    NonZero::new(event.cookie)
 }
 
 /// What the gauges and streams are told of an accepted socket's first event.
@@ -395,22 +451,21 @@ fn child_change<'a>(
     }
 }
 
-fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket {
+fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<NonZero<u64>>) -> Socket {
     let (family, local, remote) = ends(event);
     let from = event.from();
     Socket {
         id,
         cookie,
-        netns: (event.netns != 0).then_some(event.netns),
+        netns: NonZero::new(event.netns),
         family,
         local,
         remote,
         state: from,
         // SYN_SENT is entered by connect() only; SYN_RECV also by a simultaneous open.
         role: (from == TcpState::SYN_SENT).then_some(Role::Active),
-        owner: None,
+        owned: None,
         uid: uid(event),
-        container: None,
         holders: None,
         established: !matches!(
             from,
@@ -422,24 +477,16 @@ fn new_socket(event: &SetState, id: ConnectionId, cookie: Option<u64>) -> Socket
 /// Brings the socket up to what the event tells of it.
 fn update(socket: &mut Socket, event: &SetState) {
     let (from, to) = (event.from(), event.to());
-    let (family, local, remote) = ends(event);
     socket.uid = uid(event);
     socket.cookie = cookie(event).or(socket.cookie);
-    match (from, to) {
-        (TcpState::CLOSE, TcpState::SYN_SENT) => {
-            socket.role = Some(Role::Active);
-            (socket.family, socket.local, socket.remote) = (family, local, remote);
-        }
-        (TcpState::CLOSE, TcpState::LISTEN) => {
-            (socket.family, socket.local) = (family, local);
-        }
-        // A port that is 0 has been given back already.
-        _ => {
-            socket.local.port = local.port.or(socket.local.port);
-            if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
-                socket.local.addr = local.addr;
-            }
-        }
+    // A port that is 0 has been given back already.
+    socket.local.port = port(event.local_port).or(socket.local.port);
+    if from == TcpState::CLOSE && to == TcpState::SYN_SENT {
+        socket.role = Some(Role::Active);
+    }
+    if from == TcpState::SYN_SENT && to != TcpState::CLOSE {
+        let (_, local, _) = ends(event);
+        socket.local.addr = local.addr;
     }
     if to == TcpState::ESTABLISHED {
         socket.established = true;
@@ -447,7 +494,7 @@ fn update(socket: &mut Socket, event: &SetState) {
 }
 
 /// Whose the socket is, where the event's process made the call that caused it.
-fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
+fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>, shared: &mut Shared) {
     let from = event.from();
     let source = match (from, event.to()) {
         (TcpState::CLOSE, TcpState::SYN_SENT) => OwnerSource::Connect,
@@ -456,7 +503,7 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
     };
     if source == OwnerSource::Closer {
         let known = socket
-            .owner
+            .owner()
             .is_some_and(|owner| owner.source != OwnerSource::Listener);
         // `ss -K` of a listener runs in the task of `ss`, and unlike close sets no mask.
         let aborted = from == TcpState::LISTEN && event.shutdown & SEND_SHUTDOWN == 0;
@@ -464,15 +511,19 @@ fn own(socket: &mut Socket, event: &SetState, container: Option<&Arc<str>>) {
             return;
         }
     }
-    socket.owner = event.has(FLAG_TASK).then(|| Owner {
-        process: Process {
-            pid: event.tgid,
-            start_ns: event.start_ns,
-            comm: comm(event),
-        },
-        source,
+    socket.owned = event.has(FLAG_TASK).then(|| {
+        shared.share(Owned {
+            owner: Owner {
+                process: Process {
+                    pid: event.tgid,
+                    start_ns: event.start_ns,
+                    comm: comm(event),
+                },
+                source,
+            },
+            container: container.cloned(),
+        })
     });
-    socket.container = container.cloned();
 }
 
 /// Family and both ends as the contract writes them. A listener has no remote end.
@@ -483,9 +534,9 @@ pub(super) fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
     let (from, to) = (event.from(), event.to());
     // LISTEN→SYN_RECV is an accepted socket's.
     let listens = (from == TcpState::LISTEN && to != TcpState::SYN_RECV) || to == TcpState::LISTEN;
-    let endpoint = |addr: IpAddr, port: u16| Endpoint {
+    let endpoint = |addr: IpAddr, number: u16| Endpoint {
         addr: (listens || !addr.is_unspecified()).then_some(addr),
-        port: (port != 0).then_some(port),
+        port: port(number),
     };
     (
         if v4 { Family::Ipv4 } else { Family::Ipv6 },
@@ -504,10 +555,20 @@ fn comm(event: &SetState) -> Option<Comm> {
     (event.has(FLAG_SOCKET_READ) || comm != Comm::default()).then_some(comm)
 }
 
+fn port(number: u16) -> Option<u16> {
+    (number != 0).then_some(number)
+}
+
 fn uid(event: &SetState) -> Option<u32> {
     (event.uid != u32::MAX).then_some(event.uid)
 }
 
 fn addr(bytes: [u8; 16]) -> IpAddr {
-    Ipv6Addr::from(bytes).to_canonical()
+    const MAPPED: u128 = 0xffff;
+    let bits = u128::from_be_bytes(bytes);
+    if bits >> 32 == MAPPED {
+        Ipv4Addr::from(bits as u32).into()
+    } else {
+        Ipv6Addr::from(bits).into()
+    }
 }

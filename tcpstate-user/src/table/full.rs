@@ -4,13 +4,15 @@
 //! What a socket is found by changes in here only, so that all ways lead to the same sockets.
 
 use std::collections::BTreeSet;
+use std::hash::{Hash as _, Hasher as _};
+use std::sync::Arc;
 
+use rustc_hash::FxHasher;
 use tcpstate_common::TcpState;
 
 use super::listeners::Listeners;
-use super::owners::Known;
 use super::store::Store;
-use super::{Identity, Record, Socket, Stay, Tuple};
+use super::{Identity, Owned, Record, Socket, Stay, Tuple};
 use crate::model::{Endpoint, OwnerSource};
 
 /// A socket that events follow.
@@ -25,7 +27,7 @@ pub(super) struct Full {
     /// Time of its newest event; 0 for one that only a dump has shown.
     pub(super) event_ns: u64,
     /// Number of the last dump that showed it.
-    pub(super) seen: u64,
+    pub(super) seen: u32,
     /// The last dump that covers it lacked it.
     pub(super) missed: bool,
     /// The state in which a timewait socket is about to take its place.
@@ -70,7 +72,7 @@ impl Full {
 
     /// When an event told who made it or took it; `None` where its owner is known otherwise.
     pub(super) fn owned_ns(&self) -> Option<u64> {
-        match self.socket.owner?.source {
+        match self.socket.owned.as_ref()?.owner.source {
             OwnerSource::Connect | OwnerSource::Listen => Some(self.begun_ns),
             OwnerSource::Accept => Some(self.accepted_ns),
             OwnerSource::Sweep | OwnerSource::Listener | OwnerSource::Closer => None,
@@ -85,9 +87,9 @@ pub(super) struct FullSockets {
     /// socket that a dump found.
     by_key: Store<Full>,
     listeners: Listeners,
-    /// Where the cookie is not the key: keys by the ends, which several can share: listeners by SO_REUSEPORT, connects,
-    /// whose port does not count.
-    by_ends: BTreeSet<(Tuple, u64)>,
+    /// Where the cookie is not the key: places by a hash of the ends, which many can share: listeners by SO_REUSEPORT,
+    /// connects, whose port does not count.
+    by_ends: BTreeSet<(u32, u32)>,
 }
 
 /// What a socket is found by, beside its key.
@@ -98,12 +100,14 @@ struct Found {
 }
 
 impl Found {
-    fn by(identity: Identity, socket: &Socket) -> Self {
+    /// `None` for most, which are asked at each event.
+    fn by(identity: Identity, socket: &Socket) -> Option<Self> {
         let listens = socket.state == TcpState::LISTEN;
-        Self {
-            listens: listens.then_some((socket.netns, socket.local)),
-            ends: (identity != Identity::Cookie).then(|| alike(identity, socket)),
-        }
+        let by_ends = identity != Identity::Cookie;
+        (listens || by_ends).then(|| Self {
+            listens: listens.then_some((socket.netns(), socket.local)),
+            ends: by_ends.then(|| alike(identity, socket)),
+        })
     }
 }
 
@@ -113,7 +117,13 @@ fn alike(identity: Identity, socket: &Socket) -> Tuple {
     if socket.state == TcpState::SYN_SENT {
         local.port = None;
     }
-    identity.tuple(socket.netns, local, socket.remote)
+    identity.tuple(socket.netns(), local, socket.remote)
+}
+
+fn hash(ends: Tuple) -> u32 {
+    let mut hasher = FxHasher::default();
+    ends.hash(&mut hasher);
+    hasher.finish() as u32
 }
 
 impl FullSockets {
@@ -136,6 +146,16 @@ impl FullSockets {
 
     pub(super) fn get(&self, key: u64) -> Option<&Full> {
         self.by_key.get(key)
+    }
+
+    /// As [`Store::place`].
+    pub(super) fn place(&self, key: u64) -> Option<u32> {
+        self.by_key.place(key)
+    }
+
+    /// What is at a place.
+    pub(super) fn at(&self, place: u32) -> Option<&Full> {
+        self.by_key.at(place).map(|(_, full)| full)
     }
 
     /// As [`Store::part`].
@@ -161,60 +181,81 @@ impl FullSockets {
         self.by_key.get_mut(key)
     }
 
-    /// The key must be free.
-    pub(super) fn insert(&mut self, key: u64, full: Full) {
+    /// Gives its place. The key must be free.
+    pub(super) fn insert(&mut self, key: u64, full: Full) -> u32 {
         let found = Found::by(self.identity, &full.socket);
-        self.by_key.insert(key, full);
-        self.link(key, &found);
+        let place = self.by_key.insert(key, full);
+        self.link(key, place, found);
+        place
     }
 
     pub(super) fn remove(&mut self, key: u64) -> Option<Full> {
-        let full = self.by_key.remove(key)?;
-        self.unlink(key, &Found::by(self.identity, &full.socket));
+        self.remove_at(self.by_key.place(key)?)
+    }
+
+    /// What is at a place.
+    pub(super) fn remove_at(&mut self, place: u32) -> Option<Full> {
+        let (key, full) = self.by_key.remove_at(place)?;
+        self.unlink(key, place, Found::by(self.identity, &full.socket));
         Some(full)
     }
 
     pub(super) fn change<T>(&mut self, key: u64, change: impl FnOnce(&mut Full) -> T) -> Option<T> {
-        let full = self.by_key.get_mut(key)?;
+        self.change_at(self.by_key.place(key)?, change)
+    }
+
+    /// The same of what is at a place.
+    pub(super) fn change_at<T>(
+        &mut self,
+        place: u32,
+        change: impl FnOnce(&mut Full) -> T,
+    ) -> Option<T> {
+        let (key, full) = self.by_key.at_mut(place)?;
         let before = Found::by(self.identity, &full.socket);
         let result = change(full);
         let after = Found::by(self.identity, &full.socket);
         if before != after {
-            self.unlink(key, &before);
-            self.link(key, &after);
+            self.unlink(key, place, before);
+            self.link(key, place, after);
         }
         Some(result)
     }
 
     /// Where the cookie is not the key: those that have these ends.
     pub(super) fn with_ends(&self, ends: Tuple) -> impl Iterator<Item = (u64, &Full)> {
-        let keys = self.by_ends.range((ends, 0)..=(ends, u64::MAX));
-        keys.filter_map(|&(_, key)| Some((key, self.get(key)?)))
+        let hash = hash(ends);
+        let places = self.by_ends.range((hash, 0)..=(hash, u32::MAX));
+        let found = places.filter_map(|&(_, place)| self.by_key.at(place));
+        found.filter(move |(_, full)| alike(self.identity, &full.socket) == ends)
     }
 
-    /// Who owns the listener that took `child`, with the container, if there can be no doubt.
-    pub(super) fn listener_of(&self, child: &Socket) -> Option<Known> {
-        self.listeners.of(child, |key| {
-            let socket = &self.get(key)?.socket;
-            Some((socket.owner?, socket.container.clone()))
-        })
+    /// Who owns the listener that took `child`, if there can be no doubt.
+    pub(super) fn listener_of(&self, child: &Socket) -> Option<&Arc<Owned>> {
+        self.listeners
+            .of(child, |key| self.get(key)?.socket.owned.as_ref())
     }
 
-    fn link(&mut self, key: u64, found: &Found) {
+    fn link(&mut self, key: u64, place: u32, found: Option<Found>) {
+        let Some(found) = found else {
+            return;
+        };
         if let Some((netns, local)) = found.listens {
             self.listeners.insert(key, netns, local);
         }
         if let Some(ends) = found.ends {
-            self.by_ends.insert((ends, key));
+            self.by_ends.insert((hash(ends), place));
         }
     }
 
-    fn unlink(&mut self, key: u64, found: &Found) {
+    fn unlink(&mut self, key: u64, place: u32, found: Option<Found>) {
+        let Some(found) = found else {
+            return;
+        };
         if let Some((netns, local)) = found.listens {
             self.listeners.remove(key, netns, local);
         }
         if let Some(ends) = found.ends {
-            self.by_ends.remove(&(ends, key));
+            self.by_ends.remove(&(hash(ends), place));
         }
     }
 }
@@ -229,7 +270,8 @@ impl FullSockets {
     pub(super) fn check(&self) {
         let mut again = Self::new(self.identity);
         for (key, full) in self.part(0, usize::MAX).0 {
-            again.link(key, &Found::by(self.identity, &full.socket));
+            let place = self.by_key.place(key).expect("it is there");
+            again.link(key, place, Found::by(self.identity, &full.socket));
         }
         assert_eq!(self.by_ends, again.by_ends);
         assert_eq!(self.listeners.len(), again.listeners.len());

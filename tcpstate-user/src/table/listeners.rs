@@ -1,11 +1,11 @@
 //! Finds the listener that a new connection belongs to.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use super::Socket;
-use super::owners::Known;
+use super::{Owned, Socket};
 use crate::model::Endpoint;
 
 /// Listening sockets by network namespace and port.
@@ -40,8 +40,12 @@ impl Listeners {
 
     /// What `known` says of the owner of the listener that took `child`, if there can be no doubt: of several listeners
     /// of one port (SO_REUSEPORT) the kernel takes one that no event names.
-    pub(super) fn of(&self, child: &Socket, known: impl Fn(u64) -> Option<Known>) -> Option<Known> {
-        let listeners = self.0.get(&(child.netns, child.local.port?))?;
+    pub(super) fn of<'a>(
+        &self,
+        child: &Socket,
+        known: impl Fn(u64) -> Option<&'a Arc<Owned>>,
+    ) -> Option<&'a Arc<Owned>> {
+        let listeners = self.0.get(&(child.netns(), child.local.port?))?;
         let mut candidates = listeners
             .iter()
             .filter(|listener| listener.addr == child.local.addr)
@@ -58,10 +62,11 @@ impl Listeners {
     }
 }
 
-fn the_one(mut owners: impl Iterator<Item = Option<Known>>) -> Option<Known> {
+fn the_one<'a>(mut owners: impl Iterator<Item = Option<&'a Arc<Owned>>>) -> Option<&'a Arc<Owned>> {
     let first = owners.next()??;
+    let process = &first.owner.process;
     owners
-        .all(|known| known.is_some_and(|(owner, _)| owner.process.is(&first.0.process)))
+        .all(|known| known.is_some_and(|known| known.owner.process.is(process)))
         .then_some(first)
 }
 

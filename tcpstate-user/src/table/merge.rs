@@ -19,7 +19,7 @@ pub struct Merge {
     alikes: Alikes,
     next: Next,
     /// Of this dump; what it showed has it too.
-    number: u64,
+    number: u32,
     merged: Merged,
 }
 
@@ -75,7 +75,7 @@ impl Merge {
     /// Whether the dump would show the socket if it were there. `known`: whether a namespace that is not found is gone.
     fn covers(&self, socket: &Socket, known: impl Fn(u32) -> bool) -> bool {
         self.snapshot.states.contains(socket.state)
-            && socket.netns.is_none_or(|netns| {
+            && socket.netns().is_none_or(|netns| {
                 self.covered.contains(&netns)
                     || (self.snapshot.whole_host
                         && !self.unreachable.contains(&netns)
@@ -136,6 +136,14 @@ impl Table {
     }
 
     fn merge_ends(&mut self, merge: &mut Merge) {
+        // Of one that was refused shortly before, the dump may have read what it was until then.
+        if merge.is_of_all()
+            && self
+                .refused_ns
+                .is_some_and(|refused_ns| merge.was_there(refused_ns))
+        {
+            self.refused_ns = None;
+        }
         let left = &mut merge.merged.unlisted;
         if merge.snapshot.whole_host && merge.snapshot.states == StateMask::ALL {
             // The inode of a namespace that is gone may be another's, which no dump lists, once nothing is left in it.
@@ -173,13 +181,13 @@ impl Table {
             }
             merge.merged.undated |= full.stay.first_shown(merge.snapshot.started_ns);
             // Sockets of one process are often neighbours.
-            let process = full.socket.owner.map(|owner| owner.process);
-            let now = (full.socket.netns, process.map(|it| (it.pid, it.start_ns)));
+            let process = full.socket.owner().map(|owner| owner.process);
+            let now = (full.socket.netns(), process.map(|it| (it.pid, it.start_ns)));
             if last.replace(now) != Some(now) {
                 let merged = &mut merge.merged;
-                merged.unlisted.extend(full.socket.netns);
+                merged.unlisted.extend(full.socket.netns());
                 merged.owners.extend(process.and_then(|it| it.id()));
-                let lead = full.socket.netns.zip(process.map(|it| it.pid));
+                let lead = full.socket.netns().zip(process.map(|it| it.pid));
                 merged.leads.extend(lead);
             }
         }
@@ -189,7 +197,7 @@ impl Table {
             };
             // With its namespace a socket goes without an event.
             let counts = |netns| merge.covered.contains(&netns);
-            let counted = socket.netns.is_none_or(counts);
+            let counted = socket.netns().is_none_or(counts);
             self.full_is_gone(socket, counted, merge.snapshot.finished_ns, sink);
         }
         next
@@ -238,7 +246,7 @@ impl Table {
                     continue;
                 }
             }
-            let owner = mini.socket.owner.and_then(|owner| owner.process.id());
+            let owner = mini.socket.owner().and_then(|owner| owner.process.id());
             if of_all && std::mem::replace(&mut last, owner) != owner {
                 merge.merged.owners.extend(owner);
             }
@@ -248,7 +256,7 @@ impl Table {
                 mut socket,
                 expires_ns,
                 ..
-            }) = self.remove_mini(key)
+            }) = self.mini.remove(key)
             else {
                 continue;
             };

@@ -12,6 +12,7 @@ mod fate;
 mod full;
 mod listeners;
 mod merge;
+mod minis;
 mod owners;
 mod reconcile;
 mod rows;
@@ -24,21 +25,23 @@ mod tests;
 mod timewait;
 
 use std::collections::VecDeque;
+use std::num::NonZero;
 
 use rustc_hash::{FxHashMap, FxHashSet};
 use tcpstate_common::{SetState, TcpState};
 
 use crate::model::{ConnectionId, Endpoint, Named, named};
-pub use apply::NoCookie;
+pub use apply::Refused;
 use closed::Closed;
 use full::{Full, FullSockets};
 pub use merge::{Merge, Merged};
+use minis::{Mini, Minis, is_request};
+pub use owners::Owned;
 use owners::Owners;
 pub use reconcile::STORE_NS;
 pub use rows::Walk;
 pub use snapshot::{Held, Holder, Record, Snapshot, StateMask, Unreachable};
 pub use socket::{Change, Discard, Dwell, Place, Socket};
-use store::Store;
 pub use sweep::Sweep;
 
 /// What tells two sockets apart, in events and in dumps.
@@ -72,6 +75,10 @@ impl Identity {
             Self::Cookie | Self::Address => (netns, local, remote),
         }
     }
+
+    fn ends(self, socket: &Socket) -> Tuple {
+        self.tuple(socket.netns(), socket.local, socket.remote)
+    }
 }
 
 named! {
@@ -89,8 +96,9 @@ named! {
     }
 }
 
-/// The times of the stay in the present state.
+/// The times of the stay in the present state. Packed: each socket has one.
 #[derive(Clone, Copy, Debug)]
+#[repr(C, packed(4))]
 struct Stay {
     /// When the state was entered, or first seen.
     since_ns: u64,
@@ -129,20 +137,8 @@ impl Stay {
     }
 }
 
-/// What no event follows: a timewait socket (TIME_WAIT, or an orphan's FIN_WAIT2) or a half-open request.
-/// The kernel calls them minisocks.
-#[derive(Debug)]
-struct Mini {
-    socket: Socket,
-    stay: Stay,
-    /// When its timer ends its life; `None` until that is known.
-    expires_ns: Option<u64>,
-    /// Number of the last dump that showed it.
-    seen: u64,
-    missed: bool,
-    /// Time of the →CLOSE that told of it; 0 for one that only a dump has shown.
-    event_ns: u64,
-}
+/// How many sockets a table holds, of all kinds: memory is bounded, whatever a host does.
+pub const MOST_SOCKETS: usize = 1_000_000;
 
 /// Network namespace, as far as events tell it, and both ends.
 type Tuple = (Option<u32>, Endpoint, Endpoint);
@@ -182,23 +178,22 @@ impl Generations {
 pub struct Table {
     identity: Identity,
     full: FullSockets,
-    /// By cookie, or by a key of our own where that is not known or another's already.
-    mini: Store<Mini>,
-    /// Of `mini`: timewait sockets by their ends.
-    timewait: FxHashMap<Tuple, u64>,
-    /// Of `mini`: half-open requests by their ends.
-    requests: FxHashMap<Tuple, u64>,
+    mini: Minis,
     /// First events of accepted sockets, by address, until the next event tells whose they are: up to 6.12
     /// they carry the listener's cookie and no remote end.
     children: FxHashMap<u64, SetState>,
     owners: Owners,
+    /// As many sockets as it may hold.
+    most: usize,
+    /// When it last had no room for one; `None` where it lacks none.
+    refused_ns: Option<u64>,
     generations: Generations,
     /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
     /// From when a dump begins until it is merged: what closed meanwhile.
     closed: Option<Closed>,
     /// How many were merged.
-    dumps: u64,
+    dumps: u32,
     own_numbers: u64,
     newest_ns: u64,
     /// Stays that began no later than this may have lost events.
@@ -224,12 +219,18 @@ impl Corrections {
 impl Table {
     #[must_use]
     pub fn new(identity: Identity) -> Self {
+        Self::holding(identity, MOST_SOCKETS)
+    }
+
+    /// Of so many sockets at most.
+    #[must_use]
+    pub fn holding(identity: Identity, most: usize) -> Self {
         Self {
+            most,
+            refused_ns: None,
             identity,
             full: FullSockets::new(identity),
-            mini: Store::default(),
-            timewait: FxHashMap::default(),
-            requests: FxHashMap::default(),
+            mini: Minis::new(identity),
             children: FxHashMap::default(),
             owners: Owners::default(),
             generations: Generations::default(),
@@ -264,6 +265,28 @@ impl Table {
         self.len() == 0
     }
 
+    /// There was no room for some sockets, and no dump of all has been merged since that found room for all: what it says
+    /// of those that it holds is right, but they are not all.
+    #[must_use]
+    pub const fn is_incomplete(&self) -> bool {
+        self.refused_ns.is_some()
+    }
+
+    /// It lacks some, and has room again for a part of what it may hold: a dump may complete it.
+    #[must_use]
+    pub fn wants_dump(&self) -> bool {
+        self.is_incomplete() && self.len() < self.most - self.most / 16
+    }
+
+    /// Whether there is room for one more, which came at `time_ns`.
+    fn has_room(&mut self, time_ns: u64) -> bool {
+        let room = self.len() < self.most;
+        if !room {
+            self.refused_ns = self.refused_ns.max(Some(time_ns));
+        }
+        room
+    }
+
     /// Whether a dump has covered this network namespace.
     #[must_use]
     pub fn lists(&self, netns: u32) -> bool {
@@ -287,8 +310,8 @@ impl Table {
     }
 
     /// The cookie of an event makes the name only where each event has one: a name never changes.
-    fn new_id(&mut self, cookie: Option<u64>) -> ConnectionId {
-        match cookie {
+    fn new_id(&mut self, cookie: Option<NonZero<u64>>) -> ConnectionId {
+        match cookie.map(NonZero::get) {
             Some(cookie) if self.identity == Identity::Cookie => ConnectionId::Cookie {
                 cookie,
                 generation: self.generations.of(cookie).max(self.after_timewait(cookie)),
@@ -301,7 +324,7 @@ impl Table {
     /// socket's again.
     fn after_timewait(&self, cookie: u64) -> u32 {
         let mini = self.mini.get(cookie).map(|mini| &mini.socket);
-        let timewait = mini.filter(|socket| socket.state != TcpState::NEW_SYN_RECV);
+        let timewait = mini.filter(|socket| !is_request(socket.state));
         match timewait.map(|socket| socket.id) {
             Some(ConnectionId::Cookie { generation, .. }) => generation + 1,
             _ => 0,
@@ -312,53 +335,29 @@ impl Table {
     fn insert_mini(&mut self, mini: Mini) -> u64 {
         let key = match mini.socket.cookie {
             // A socket can be connected again while its timewait socket lives, and both have its cookie.
-            Some(cookie) if !self.mini.contains(cookie) => cookie,
+            Some(cookie) if !self.mini.contains(cookie.get()) => cookie.get(),
             _ => self.own_key(),
         };
-        let ends = self.tuple(&mini.socket);
-        self.mini_by_ends(&mini.socket).insert(ends, key);
         self.mini.insert(key, mini);
         key
     }
 
-    fn remove_mini(&mut self, key: u64) -> Option<Mini> {
-        let mini = self.mini.remove(key)?;
-        let ends = self.tuple(&mini.socket);
-        let by_ends = self.mini_by_ends(&mini.socket);
-        if by_ends.get(&ends) == Some(&key) {
-            by_ends.remove(&ends);
-        }
-        Some(mini)
-    }
-
     /// The key of the entry for a minisocket in `state`. Ends that another cookie has too are those of another: addresses
     /// carry no zone.
-    fn mini_of(&self, state: TcpState, ends: Tuple, cookie: Option<u64>) -> Option<u64> {
-        let by_ends = match state {
-            TcpState::NEW_SYN_RECV => &self.requests,
-            _ => &self.timewait,
+    fn mini_of(&self, state: TcpState, ends: Tuple, cookie: Option<NonZero<u64>>) -> Option<u64> {
+        let its = |mini: &Mini| {
+            let known = mini.socket.cookie;
+            known.is_none() || cookie.is_none() || known == cookie
         };
-        let its = |&key: &u64| {
-            self.mini.get(key).is_some_and(|mini| {
-                let known = mini.socket.cookie;
-                let another = known.is_some() && cookie.is_some() && known != cookie;
-                !another && self.tuple(&mini.socket) == ends
-            })
-        };
-        let by_ends = by_ends.get(&ends).copied().filter(its);
-        by_ends.or_else(|| cookie.filter(its))
+        let by_ends = self.mini.with_ends(is_request(state), ends, its);
+        by_ends.or_else(|| {
+            let key = cookie?.get();
+            let mini = self.mini.get(key)?;
+            (its(mini) && self.tuple(&mini.socket) == ends).then_some(key)
+        })
     }
 
-    fn mini_by_ends(&mut self, socket: &Socket) -> &mut FxHashMap<Tuple, u64> {
-        if socket.state == TcpState::NEW_SYN_RECV {
-            &mut self.requests
-        } else {
-            &mut self.timewait
-        }
-    }
-
-    const fn tuple(&self, socket: &Socket) -> Tuple {
-        self.identity
-            .tuple(socket.netns, socket.local, socket.remote)
+    fn tuple(&self, socket: &Socket) -> Tuple {
+        self.identity.ends(socket)
     }
 }

@@ -3,13 +3,14 @@
 //! A dump is not atomic. So an event that is newer than a record wins over it, an older one yields, and a
 //! socket that a dump lacks is taken for gone only if the next dump lacks it too (`merge`).
 
+use std::num::NonZero;
+
 use tcpstate_common::TcpState;
 
 use super::alike::{Alikes, Joined, unbound};
 use super::apply::{TIME_WAIT_NS, ends};
 use super::closed::Closed;
 use super::full::Dumped;
-use super::owners::own_by;
 use super::{
     Change, Correction, Dwell, Full, Identity, Mini, Place, Record, Socket, Stay, Table, Tuple,
 };
@@ -35,7 +36,7 @@ impl Table {
     pub(super) fn record(
         &mut self,
         record: &Record,
-        dump: u64,
+        dump: u32,
         alikes: &mut Alikes,
         sink: &mut impl FnMut(&Change<'_>),
     ) {
@@ -58,7 +59,7 @@ impl Table {
         &mut self,
         key: u64,
         record: &Record,
-        dump: u64,
+        dump: u32,
         sink: &mut impl FnMut(&Change<'_>),
     ) {
         // Who it is, its second event tells.
@@ -76,9 +77,12 @@ impl Table {
                 return;
             }
             let another = self.identity == Identity::Address
-                && full
-                    .socket
-                    .is_another(record.cookie, record.state, record.local, record.remote);
+                && full.socket.is_another(
+                    cookie(record),
+                    record.state,
+                    record.local,
+                    record.remote,
+                );
             if !another {
                 self.merge_full(key, record, dump, true, sink);
                 return;
@@ -96,8 +100,8 @@ impl Table {
             return;
         }
         let (accepted_ns, known) = self.owners.accepted_early(key, 0).unzip();
-        let mut socket = found_socket(record, self.new_id(record.cookie));
-        own_by(&mut socket, known);
+        let mut socket = found_socket(record, self.new_id(cookie(record)));
+        socket.owned = known;
         self.found(key, socket, record, dump, Some(Dumped::of(record)), sink);
         if let (Some(accepted_ns), Some(full)) = (accepted_ns, self.full.get_mut(key)) {
             full.accepted_ns = accepted_ns;
@@ -120,7 +124,7 @@ impl Table {
     fn alike_record(
         &mut self,
         record: &Record,
-        dump: u64,
+        dump: u32,
         alikes: &mut Alikes,
         sink: &mut impl FnMut(&Change<'_>),
     ) {
@@ -166,7 +170,7 @@ impl Table {
         &mut self,
         key: u64,
         record: &Record,
-        dump: u64,
+        dump: u32,
         certain: bool,
         sink: &mut impl FnMut(&Change<'_>),
     ) {
@@ -220,10 +224,13 @@ impl Table {
         key: u64,
         socket: Socket,
         record: &Record,
-        dump: u64,
+        dump: u32,
         dumped: Option<Dumped>,
         sink: &mut impl FnMut(&Change<'_>),
     ) {
+        if !self.has_room(record.read_ns.1) {
+            return;
+        }
         self.corrections.count(Correction::Found);
         sink(&found_change(record, &socket));
         let stay = Stay {
@@ -255,7 +262,7 @@ impl Table {
     }
 
     /// Ends are unique among timewait sockets, and among requests, and tell them where no cookie does.
-    fn mini_record(&mut self, record: &Record, dump: u64, sink: &mut impl FnMut(&Change<'_>)) {
+    fn mini_record(&mut self, record: &Record, dump: u32, sink: &mut impl FnMut(&Change<'_>)) {
         let ends = self.record_ends(record);
         if let Some(closed) = &self.closed
             && closed.has_mini(ends, record)
@@ -268,7 +275,7 @@ impl Table {
                 self.full.with_ends(ends).next().map(|(key, _)| key)
             }
         };
-        let mut known = self.mini_of(record.state, ends, record.cookie);
+        let mut known = self.mini_of(record.state, ends, cookie(record));
         if let Some(key) = full {
             let request = record.state == TcpState::NEW_SYN_RECV;
             let is_it = self.full.get(key).is_some_and(|full| {
@@ -285,18 +292,18 @@ impl Table {
             }
         }
         let key = self.merge_mini(record, known, sink);
-        if let Some(mini) = self.mini.get_mut(key) {
+        if let Some(mini) = key.and_then(|key| self.mini.get_mut(key)) {
             mini.seen = dump;
         }
     }
 
-    /// Gives the key of the table's entry: there is one now.
+    /// Gives the key of the table's entry; none where there is no room for one.
     fn merge_mini(
         &mut self,
         record: &Record,
         known: Option<u64>,
         sink: &mut impl FnMut(&Change<'_>),
-    ) -> u64 {
+    ) -> Option<u64> {
         let expires_ns = record
             .expires_ns
             .map(|left| record.read_ns.1.saturating_add(left));
@@ -304,20 +311,23 @@ impl Table {
             mini.missed = false;
             mini.expires_ns = expires_ns;
             if self.identity == Identity::Address {
-                mini.socket.cookie = record.cookie.or(mini.socket.cookie);
+                mini.socket.cookie = cookie(record).or(mini.socket.cookie);
             }
             if mini.socket.state == record.state {
-                return key;
+                return Some(key);
             }
-            if let Some(mini) = self.remove_mini(key) {
-                return self.move_mini(mini, record, sink);
+            if let Some(mini) = self.mini.remove(key) {
+                return Some(self.move_mini(mini, record, sink));
             }
         }
-        let free = record.cookie.filter(|&its| !self.full.contains(its));
+        if !self.has_room(record.read_ns.1) {
+            return None;
+        }
+        let free = cookie(record).filter(|its| !self.full.contains(its.get()));
         let id = self.new_id(free);
         let socket = found_socket(record, id);
         sink(&found_change(record, &socket));
-        self.insert_mini(Mini {
+        Some(self.insert_mini(Mini {
             socket,
             stay: Stay {
                 since_ns: entered_time_wait(record, expires_ns).unwrap_or(record.read_ns.1),
@@ -327,7 +337,7 @@ impl Table {
             seen: 0,
             missed: false,
             event_ns: 0,
-        })
+        }))
     }
 
     /// An orphan got its peer's FIN; or an event's hint was wrong, and the dump is right.
@@ -365,6 +375,13 @@ pub(super) const fn newer(event_ns: u64, record: &Record) -> bool {
     event_ns.saturating_add(STORE_NS) >= record.read_ns.0
 }
 
+const fn cookie(record: &Record) -> Option<NonZero<u64>> {
+    match record.cookie {
+        Some(cookie) => NonZero::new(cookie),
+        None => None,
+    }
+}
+
 fn was_established(state: TcpState) -> bool {
     !matches!(
         state,
@@ -399,16 +416,16 @@ fn entered_time_wait(record: &Record, expires_ns: Option<u64>) -> Option<u64> {
 fn learn(socket: &mut Socket, record: &Record) {
     socket.local.port = socket.local.port.or(record.local.port);
     socket.local.addr = socket.local.addr.or(record.local.addr);
-    socket.cookie = record.cookie.or(socket.cookie);
-    socket.netns = socket.netns.or(Some(record.netns));
+    socket.cookie = cookie(record).or(socket.cookie);
+    socket.netns = socket.netns.or(NonZero::new(record.netns));
     socket.uid = record.uid.or(socket.uid);
 }
 
 fn found_socket(record: &Record, id: ConnectionId) -> Socket {
     Socket {
         id,
-        cookie: record.cookie,
-        netns: Some(record.netns),
+        cookie: cookie(record),
+        netns: NonZero::new(record.netns),
         family: record.family,
         local: record.local,
         remote: record.remote,
@@ -422,9 +439,8 @@ fn found_socket(record: &Record, id: ConnectionId) -> Socket {
             }
             _ => None,
         },
-        owner: None,
+        owned: None,
         uid: record.uid,
-        container: None,
         holders: None,
         established: was_established(record.state),
     }

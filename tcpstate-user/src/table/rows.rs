@@ -1,5 +1,7 @@
 //! What the table holds, as it is read: the rows of a list, and the stays that have not ended.
 
+use std::num::NonZero;
+
 use tcpstate_common::TcpState;
 
 use super::full::Dumped;
@@ -47,8 +49,8 @@ impl Table {
         let row = move |socket: &Socket, stay: Stay, dumped: Option<Dumped>, orphan| Listed {
             time_ns: now_ns.saturating_add_signed(boot_to_unix_ns),
             id: socket.id,
-            cookie: socket.cookie,
-            netns: socket.netns,
+            cookie: socket.cookie.map(NonZero::get),
+            netns: socket.netns(),
             family: socket.family,
             local: socket.local,
             remote: socket.remote,
@@ -58,11 +60,11 @@ impl Table {
             // Across a loss it may have been closed and connected again.
             age_exact: stay.seen && stay.since_ns > self.lost_until_ns,
             role: socket.role,
-            owner: socket.owner,
+            owner: socket.owner(),
             uid: socket.uid,
-            container: socket.container.clone(),
+            container: socket.container().cloned(),
             orphan,
-            holders: socket.holders,
+            holders: socket.holders.map(NonZero::get),
             recv_queue: dumped.map(|dumped| dumped.recv_queue),
             send_queue: dumped.map(|dumped| dumped.send_queue),
         };

@@ -1,9 +1,11 @@
 //! What the table holds of a socket, and what it says when that changes.
 
+use std::num::NonZero;
 use std::sync::Arc;
 
 use tcpstate_common::TcpState;
 
+use super::Owned;
 use crate::model::{
     Comm, ConnectionId, End, Endpoint, Evidence, Family, Owner, OwnerSource, Role, Transition,
     named,
@@ -13,27 +15,44 @@ use crate::model::{
 #[derive(Clone, Debug, PartialEq)]
 pub struct Socket {
     pub id: ConnectionId,
-    pub cookie: Option<u64>,
-    pub netns: Option<u32>,
+    pub cookie: Option<NonZero<u64>>,
+    /// Inode, which is never 0.
+    pub netns: Option<NonZero<u32>>,
     pub family: Family,
     pub local: Endpoint,
     pub remote: Endpoint,
     pub state: TcpState,
     pub role: Option<Role>,
-    pub owner: Option<Owner>,
+    pub owned: Option<Arc<Owned>>,
     pub uid: Option<u32>,
-    pub container: Option<Arc<str>>,
     /// How many processes held it when that was last looked at.
-    pub holders: Option<u32>,
+    pub holders: Option<NonZero<u32>>,
     /// It has been ESTABLISHED, as far as was seen.
     pub established: bool,
 }
 
+/// There are a million of them.
+const _: () = assert!(size_of::<Socket>() == 96);
+
 impl Socket {
+    #[must_use]
+    pub fn owner(&self) -> Option<Owner> {
+        self.owned.as_ref().map(|owned| owned.owner)
+    }
+
+    #[must_use]
+    pub fn container(&self) -> Option<&Arc<str>> {
+        self.owned.as_ref()?.container.as_ref()
+    }
+
+    pub(super) fn netns(&self) -> Option<u32> {
+        self.netns.map(NonZero::get)
+    }
+
     /// Whether this, told of what has its address, can't be of it.
     pub(super) fn is_another(
         &self,
-        cookie: Option<u64>,
+        cookie: Option<NonZero<u64>>,
         state: TcpState,
         local: Endpoint,
         remote: Endpoint,
@@ -64,10 +83,11 @@ pub struct Place {
 
 impl Place {
     pub(super) fn of(socket: &Socket) -> Self {
+        let owner = socket.owned.as_ref().map(|owned| &owned.owner);
         Self {
             state: socket.state,
-            comm: socket.owner.and_then(|owner| owner.process.comm),
-            source: socket.owner.map(|owner| owner.source),
+            comm: owner.and_then(|owner| owner.process.comm),
+            source: owner.map(|owner| owner.source),
         }
     }
 }
@@ -127,8 +147,8 @@ impl Change<'_> {
         Some(Transition {
             time_ns: self.time_ns.saturating_add_signed(boot_to_unix_ns),
             id: socket.id,
-            cookie: socket.cookie,
-            netns: socket.netns,
+            cookie: socket.cookie.map(NonZero::get),
+            netns: socket.netns(),
             family: socket.family,
             local: socket.local,
             remote: socket.remote,
@@ -144,9 +164,9 @@ impl Change<'_> {
                 self.evidence
             },
             role: socket.role,
-            owner: socket.owner,
+            owner: socket.owner(),
             uid: socket.uid,
-            container: socket.container.clone(),
+            container: socket.container().cloned(),
             end: self.end,
         })
     }

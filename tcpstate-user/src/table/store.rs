@@ -1,25 +1,31 @@
-//! Things by key, which can also be walked a part at a time while others come and go.
+//! Things by key, which can also be walked a part at a time while others come and go; and by whatever else they are to be
+//! found.
 //!
 //! A thing stays at its place for as long as it is there, and no growth moves it: 100,000 of them are not copied within
 //! one event.
 
-use rustc_hash::FxHashMap;
+use std::hash::Hasher as _;
+
+use hashbrown::HashTable;
+use rustc_hash::FxHasher;
 
 /// Places that are made room for together.
 const PAGE: usize = 1024;
 
 #[derive(Debug)]
 pub(super) struct Store<T> {
-    places: FxHashMap<u64, u32>,
+    by_key: Places,
     /// Each but the last is full.
-    pages: Vec<Vec<Option<(u64, T)>>>,
+    pages: Pages<T>,
     free: Vec<u32>,
 }
+
+type Pages<T> = Vec<Vec<Option<(u64, T)>>>;
 
 impl<T> Default for Store<T> {
     fn default() -> Self {
         Self {
-            places: FxHashMap::default(),
+            by_key: Places::default(),
             pages: Vec::new(),
             free: Vec::new(),
         }
@@ -28,37 +34,62 @@ impl<T> Default for Store<T> {
 
 impl<T> Store<T> {
     pub(super) fn len(&self) -> usize {
-        self.places.len()
+        self.all() - self.free.len()
+    }
+
+    /// Where the thing with this key is.
+    pub(super) fn place(&self, key: u64) -> Option<u32> {
+        self.by_key
+            .find(hash(key), |place| key_in(&self.pages, place) == Some(key))
+    }
+
+    /// What is at a place.
+    pub(super) fn at(&self, place: u32) -> Option<(u64, &T)> {
+        let (page, at) = split(place);
+        self.pages[page][at]
+            .as_ref()
+            .map(|(key, thing)| (*key, thing))
+    }
+
+    pub(super) fn at_mut(&mut self, place: u32) -> Option<(u64, &mut T)> {
+        let (page, at) = split(place);
+        self.pages[page][at]
+            .as_mut()
+            .map(|(key, thing)| (*key, thing))
     }
 
     pub(super) fn contains(&self, key: u64) -> bool {
-        self.places.contains_key(&key)
+        self.place(key).is_some()
     }
 
     pub(super) fn get(&self, key: u64) -> Option<&T> {
-        let (page, at) = split(*self.places.get(&key)?);
-        self.pages[page][at].as_ref().map(|(_, thing)| thing)
+        self.at(self.place(key)?).map(|(_, thing)| thing)
     }
 
     pub(super) fn get_mut(&mut self, key: u64) -> Option<&mut T> {
-        let (page, at) = split(*self.places.get(&key)?);
-        self.pages[page][at].as_mut().map(|(_, thing)| thing)
+        self.at_mut(self.place(key)?).map(|(_, thing)| thing)
     }
 
-    /// The key must be free.
-    pub(super) fn insert(&mut self, key: u64, thing: T) {
+    /// Gives its place. The key must be free.
+    pub(super) fn insert(&mut self, key: u64, thing: T) -> u32 {
+        debug_assert!(!self.contains(key), "two things with one key");
         let place = self.free.pop().unwrap_or_else(|| self.new_place());
         let (page, at) = split(place);
         self.pages[page][at] = Some((key, thing));
-        let before = self.places.insert(key, place);
-        debug_assert_eq!(before, None, "two things with one key");
+        let pages = &self.pages;
+        self.by_key.insert(hash(key), place, |place| {
+            key_in(pages, place).map_or(0, hash)
+        });
+        place
     }
 
-    pub(super) fn remove(&mut self, key: u64) -> Option<T> {
-        let place = self.places.remove(&key)?;
-        self.free.push(place);
+    /// With its key.
+    pub(super) fn remove_at(&mut self, place: u32) -> Option<(u64, T)> {
         let (page, at) = split(place);
-        self.pages[page][at].take().map(|(_, thing)| thing)
+        let (key, thing) = self.pages[page][at].take()?;
+        self.by_key.remove(hash(key), place);
+        self.free.push(place);
+        Some((key, thing))
     }
 
     /// The things at `most` places from `from` on; and where to go on, if there are more places.
@@ -88,11 +119,16 @@ impl<T> Store<T> {
     }
 
     fn bounds(&self, from: usize, most: usize) -> (usize, usize, Option<usize>) {
-        let last = self.pages.last().map_or(0, Vec::len);
-        let all = self.pages.len().saturating_sub(1) * PAGE + last;
+        let all = self.all();
         let from = from.min(all);
         let to = from.saturating_add(most).min(all);
         (from, to, (to < all).then_some(to))
+    }
+
+    /// Places, those that are free too.
+    fn all(&self) -> usize {
+        let last = self.pages.last().map_or(0, Vec::len);
+        self.pages.len().saturating_sub(1) * PAGE + last
     }
 
     fn new_place(&mut self) -> u32 {
@@ -102,12 +138,63 @@ impl<T> Store<T> {
         let page = self.pages.len() - 1;
         self.pages[page].push(None);
         // A table of so many sockets would not fit into memory.
-        u32::try_from(page * PAGE + self.pages[page].len() - 1).unwrap_or(u32::MAX)
+        u32::try_from(self.all() - 1).unwrap_or(u32::MAX)
     }
 }
 
 const fn split(place: u32) -> (usize, usize) {
     (place as usize / PAGE, place as usize % PAGE)
+}
+
+fn key_in<T>(pages: &Pages<T>, place: u32) -> Option<u64> {
+    let (page, at) = split(place);
+    pages[page][at].as_ref().map(|(key, _)| *key)
+}
+
+fn hash(key: u64) -> u64 {
+    let mut hasher = FxHasher::default();
+    hasher.write_u64(key);
+    hasher.finish()
+}
+
+/// Places by a hash of what is there, which whoever asks compares: four bytes for each, and one of the table's own.
+///
+/// In parts that grow by themselves: one event never waits until all are moved, nor are all there twice meanwhile.
+#[derive(Debug)]
+pub(super) struct Places([HashTable<u32>; PARTS]);
+
+const PARTS: usize = 64;
+
+impl Default for Places {
+    fn default() -> Self {
+        Self([const { HashTable::new() }; PARTS])
+    }
+}
+
+impl Places {
+    pub(super) fn find(&self, hash: u64, is_it: impl Fn(u32) -> bool) -> Option<u32> {
+        let part = &self.0[Self::part(hash)];
+        part.find(hash, |&place| is_it(place)).copied()
+    }
+
+    /// `hash_of`: of what is at a place that was inserted before.
+    pub(super) fn insert(&mut self, hash: u64, place: u32, hash_of: impl Fn(u32) -> u64) {
+        let part = &mut self.0[Self::part(hash)];
+        part.insert_unique(hash, place, |&place| hash_of(place));
+    }
+
+    pub(super) fn remove(&mut self, hash: u64, place: u32) {
+        let part = &mut self.0[Self::part(hash)];
+        if let Ok(entry) = part.find_entry(hash, |&its| its == place) {
+            entry.remove();
+        }
+    }
+
+    /// By bits that a part does not look at: it takes the highest seven, and the lowest, which are not so many for less
+    /// than 60 million.
+    const fn part(hash: u64) -> usize {
+        (hash >> 20) as usize % PARTS
+    }
 }
 
 #[cfg(test)]
@@ -128,7 +215,9 @@ mod tests {
             // Others come and go.
             for key in came..came + 10 {
                 store.insert(key, key);
-                assert_eq!(store.remove(key - 10_000), Some((key - 10_000) * 2));
+                let place = store.place(key - 10_000).expect("it is there");
+                let gone = (key - 10_000, (key - 10_000) * 2);
+                assert_eq!(store.remove_at(place), Some(gone));
             }
             came += 10;
         }

@@ -7,8 +7,8 @@ use std::num::NonZero;
 use rustc_hash::FxHashMap;
 use tcpstate_common::TcpState;
 
-use super::owners::{Known, give};
-use super::{Change, Full, Held, Holder, Identity, Socket, Table};
+use super::owners::give;
+use super::{Change, Full, Held, Holder, Identity, Owned, Socket, Table};
 use crate::model::{Comm, Owner, OwnerSource, Process, ProcessId, Role};
 
 /// What was found, on its way into the table by [`Table::sweep`].
@@ -71,14 +71,16 @@ impl Sweep {
     }
 
     /// The owner with the name that it has now, where that is another.
-    fn renamed(&self, socket: &Socket) -> Option<Known> {
-        let mut owner = socket.owner?;
-        let now = self.names.get(&owner.process.id()?)?;
-        if owner.process.comm.as_ref() == Some(now) {
+    fn renamed(&self, socket: &Socket) -> Option<Owned> {
+        let owned = socket.owned.as_ref()?;
+        let process = owned.owner.process;
+        let now = self.names.get(&process.id()?)?;
+        if process.comm.as_ref() == Some(now) {
             return None;
         }
-        owner.process.comm = Some(*now);
-        Some((owner, socket.container.clone()))
+        let mut renamed = Owned::clone(owned);
+        renamed.owner.process.comm = Some(*now);
+        Some(renamed)
     }
 }
 
@@ -132,8 +134,9 @@ impl Table {
             Next::Mini(from) => {
                 let (part, next) = self.mini.part_mut(from, most);
                 for (_, mini) in part {
-                    if let Some(known) = sweep.renamed(&mini.socket) {
-                        give(&mut mini.socket, known, time_ns, &mut sink);
+                    if let Some(renamed) = sweep.renamed(&mini.socket) {
+                        let owned = self.owners.shared.share(renamed);
+                        give(&mut mini.socket, owned, time_ns, &mut sink);
                     }
                 }
                 let Some(next) = next else {
@@ -165,16 +168,18 @@ impl Table {
             if let Some(found) = sweep.found(key, full.begun_ns, self.identity) {
                 if !told_since {
                     let holder = &sweep.holders[found.first];
-                    socket.holders = Some(found.holders);
-                    give(socket, as_held(socket.owner, holder), time_ns, sink);
+                    socket.holders = NonZero::new(found.holders);
+                    let owned = self.owners.shared.share(as_held(socket.owner(), holder));
+                    give(socket, owned, time_ns, sink);
                 }
                 if let Some(quiet_ns) = found.quiet_ns {
                     let acked_ns = sweep.finished_ns.saturating_sub(quiet_ns.get());
                     full.stay.begun_by(socket.state, acked_ns, sweep.started_ns);
                 }
             }
-            if let Some(known) = sweep.renamed(socket) {
-                give(socket, known, time_ns, sink);
+            if let Some(renamed) = sweep.renamed(socket) {
+                let owned = self.owners.shared.share(renamed);
+                give(socket, owned, time_ns, sink);
             }
             if sweep.held.is_some() && may_wait(full) {
                 sweep.waiting.push(key);
@@ -186,10 +191,12 @@ impl Table {
     /// Gives a connection that is not accepted yet to who listens: who that is may be known only now, or be another now.
     fn waiting_for_accept(&mut self, key: u64, time_ns: u64, sink: &mut impl FnMut(&Change<'_>)) {
         let waits = self.full.get(key).filter(|full| may_wait(full));
-        if let Some(known) = waits.and_then(|full| self.listening(&full.socket))
-            && let Some(full) = self.full.get_mut(key)
-        {
-            give(&mut full.socket, known, time_ns, sink);
+        let Some(listener) = waits.and_then(|full| self.full.listener_of(&full.socket)) else {
+            return;
+        };
+        let owned = self.owners.shared.as_listener(listener);
+        if let Some(full) = self.full.get_mut(key) {
+            give(&mut full.socket, owned, time_ns, sink);
         }
     }
 }
@@ -199,14 +206,14 @@ fn may_wait(full: &Full) -> bool {
     let socket = &full.socket;
     let without_file = || full.dumped.is_some_and(|dumped| !dumped.has_file);
     socket
-        .owner
+        .owner()
         .is_none_or(|owner| owner.source == OwnerSource::Listener && without_file())
         && socket.role == Some(Role::Passive)
         && matches!(socket.state, TcpState::ESTABLISHED | TcpState::CLOSE_WAIT)
 }
 
 /// The owner of a socket that `holder` was found to hold.
-fn as_held(known: Option<Owner>, holder: &Holder) -> Known {
+fn as_held(known: Option<Owner>, holder: &Holder) -> Owned {
     let known = known.filter(|known| known.process.is(&holder.process));
     let owner = match known {
         // How that was known first says more than that it still holds it; and `/proc` rounds the start.
@@ -225,5 +232,8 @@ fn as_held(known: Option<Owner>, holder: &Holder) -> Known {
             source: OwnerSource::Sweep,
         },
     };
-    (owner, holder.container.clone())
+    Owned {
+        owner,
+        container: holder.container.clone(),
+    }
 }

@@ -6,7 +6,7 @@ use tcpstate_common::{TcpState, TimeWait};
 use super::apply::TIME_WAIT_NS;
 use super::fate::Fate;
 use super::reconcile::{gone_change, mini_end};
-use super::{Change, Mini, Place, Stay, Table};
+use super::{Change, Mini, Place, Stay, Table, is_request};
 use crate::model::Evidence;
 
 impl Table {
@@ -66,8 +66,8 @@ impl Table {
         }) = self
             .mini
             .get(event.cookie)
-            .is_some_and(|mini| mini.socket.state != TcpState::NEW_SYN_RECV)
-            .then(|| self.remove_mini(event.cookie))
+            .is_some_and(|mini| !is_request(mini.socket.state))
+            .then(|| self.mini.remove(event.cookie))
             .flatten()
         else {
             return self.before_close(event);

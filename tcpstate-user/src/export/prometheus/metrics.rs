@@ -24,7 +24,7 @@ pub static METRICS: &[Metric] = &[
         labels: &[STATE],
         help: "TCP sockets by state.",
         samples: |scrape, samples| {
-            if let Some(counted) = &scrape.view.counted {
+            if let Some(counted) = complete(scrape) {
                 push_states(samples, None, &counted.sockets);
             }
         },
@@ -35,7 +35,7 @@ pub static METRICS: &[Metric] = &[
         labels: &[COMM, STATE],
         help: "TCP sockets by name of the owning process and state.",
         samples: |scrape, samples| {
-            for comm in comms(scrape) {
+            for comm in complete_comms(scrape) {
                 push_states(samples, Some(&comm.comm), &comm.sockets);
             }
         },
@@ -53,7 +53,7 @@ pub static METRICS: &[Metric] = &[
         ],
         help: "TCP sockets that have been in their state for at least so long; values of min_age nest.",
         samples: |scrape, samples| {
-            for comm in comms(scrape) {
+            for comm in complete_comms(scrape) {
                 for (at, state) in states().enumerate() {
                     for ((min_age, _), counts) in MIN_AGES.iter().zip(&comm.aged.counts) {
                         samples.push_count(&[&comm.comm, &state, min_age], counts[at]);
@@ -68,7 +68,7 @@ pub static METRICS: &[Metric] = &[
         labels: &[COMM, STATE],
         help: "When the socket that has been in the state for longest entered it, Unix time.",
         samples: |scrape, samples| {
-            for comm in comms(scrape) {
+            for comm in complete_comms(scrape) {
                 for (state, oldest_ns) in states().zip(comm.aged.oldest_ns) {
                     if let Some(ns) = oldest_ns {
                         samples.push(&[&comm.comm, &state], ns as f64 / 1e9);
@@ -230,7 +230,7 @@ pub static METRICS: &[Metric] = &[
             name: "reason",
             values: Some(|| names(&EVENT_LOSSES)),
         }],
-        help: "Events that did not arrive.",
+        help: "Events that did not arrive, or found no room.",
         samples: |scrape, samples| {
             for (reason, &count) in EVENT_LOSSES.iter().zip(&scrape.view.health.events_lost) {
                 samples.push_count(&[reason.name()], count);
@@ -441,6 +441,18 @@ const UNKNOWN: &str = "unknown";
 fn comms(scrape: Scrape<'_>) -> impl Iterator<Item = &CommView> {
     let counted: Option<&Counted> = scrape.view.counted.as_deref();
     counted.into_iter().flat_map(|counted| &counted.comms)
+}
+
+/// Where the gauges lack no socket.
+fn complete(scrape: Scrape<'_>) -> Option<&Counted> {
+    let counted = scrape.view.counted.as_deref();
+    counted.filter(|counted| !counted.incomplete)
+}
+
+fn complete_comms(scrape: Scrape<'_>) -> impl Iterator<Item = &CommView> {
+    complete(scrape)
+        .into_iter()
+        .flat_map(|counted| &counted.comms)
 }
 
 fn push_states(samples: &mut Samples, comm: Option<&str>, sockets: &StateCounts) {

@@ -64,7 +64,7 @@ impl State {
             Work::List(mut listing, mut walk) => {
                 listing.part(self.table.rows(&mut walk, PART, now_ns(), offset));
                 if walk.is_done() {
-                    listing.finish();
+                    listing.finish(self.table.is_incomplete());
                     None
                 } else {
                     Some(Work::List(listing, walk))

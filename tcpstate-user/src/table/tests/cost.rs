@@ -117,41 +117,66 @@ fn a_table_of_100_000_sockets() {
     });
 }
 
+/// Of this process, in bytes: `RssAnon`, or `VmHWM`, the most that was resident.
+fn memory_now(field: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").expect("/proc is mounted");
+    let mut fields = text.lines().filter_map(|line| line.split_once(':'));
+    let (_, value) = fields.find(|(name, _)| *name == field).expect("the field");
+    let kib: u64 = value
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()
+        .expect("a number");
+    kib << 10
+}
+
 /// What each socket takes of memory, with all by which it is found. To be run alone, in a process that had none.
 fn memory(identity: Identity) {
     const MOST: u64 = 1_000_000;
-    let resident = || {
-        let text = std::fs::read_to_string("/proc/self/statm").expect("/proc is mounted");
-        let pages = text.split(' ').nth(1).expect("a second field");
-        pages.parse::<u64>().expect("a number") * 4096
-    };
-    let before = resident();
+    const STEP: u64 = 1000;
+    let before = memory_now("RssAnon");
+    let most_before = memory_now("VmHWM");
     let mut table = Table::new(identity);
     let mut apply = |number: u64, from, to| {
         let event = with(event(1, 0, from, to), |event| {
             event.cookie = number;
-            event.sk = number << 8;
+            // As far apart as the kernel has them.
+            event.sk = 0xffff_8880_0000_0000 + number * 0x940;
             event.local_port = (number % 60_000) as u16;
+            event.remote_addr[12..].copy_from_slice(&(number as u32 / 60_000).to_be_bytes());
         });
         table.apply(&event, None, |_| {}).expect("a cookie");
         table.len() as u64
     };
+    let mut at = Vec::new();
     for number in 1..=MOST {
         apply(number, CLOSE, SYN_SENT);
         assert_eq!(apply(number, SYN_SENT, ESTABLISHED), number);
+        if number % STEP == 0 {
+            at.push((memory_now("RssAnon") - before, number));
+        }
     }
-    let all = resident() - before;
+    let each = |&(bytes, sockets): &(u64, u64)| bytes / sockets;
+    let at_100_000 = &at[99];
+    let worst = at[50..].iter().max_by_key(|it| each(it)).expect("some");
+    let all = &at[at.len() - 1];
+    let most = memory_now("VmHWM") - most_before;
     let mut left = MOST;
     for number in 1..=MOST {
         left = apply(number, ESTABLISHED, CLOSE);
     }
     assert_eq!(left, 0);
-    let kept = resident() - before;
+    let kept = memory_now("RssAnon") - before;
     println!(
-        "{MOST} sockets: {} MiB, {} bytes each; {} MiB are kept for others when they are closed",
-        all >> 20,
-        all / MOST,
-        kept >> 20
+        "100,000 sockets: {} bytes each; at worst, of more than 50,000, {} each, at {}; 1,000,000: {} MiB, {} each, and {} \
+         MiB at most while they came; {} MiB are kept for others when they are closed",
+        each(at_100_000),
+        each(worst),
+        worst.1,
+        all.0 >> 20,
+        each(all),
+        most >> 20,
+        kept >> 20,
     );
 }
 

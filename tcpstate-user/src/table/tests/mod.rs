@@ -4,6 +4,7 @@ mod cost;
 mod dumps;
 mod events;
 mod identity;
+mod limit;
 mod owners;
 mod properties;
 mod timewait;
@@ -109,7 +110,7 @@ struct Seen {
 
 impl Seen {
     fn of(change: &Change<'_>) -> Self {
-        let owner = change.socket.owner;
+        let owner = change.socket.owner();
         Self {
             id: change.socket.id.to_string(),
             kernel: change.kernel,
@@ -142,8 +143,16 @@ const PART: usize = 2;
 
 impl Watched {
     fn new(identity: Identity) -> Self {
+        Self::of(Table::new(identity))
+    }
+
+    fn holding(identity: Identity, most: usize) -> Self {
+        Self::of(Table::holding(identity, most))
+    }
+
+    fn of(table: Table) -> Self {
         Self {
-            table: Table::new(identity),
+            table,
             seen: Vec::new(),
             gauges: BTreeMap::new(),
             sources: BTreeMap::new(),
@@ -249,7 +258,7 @@ impl Watched {
         let mut states = BTreeMap::new();
         for socket in self.table.sockets() {
             if let Some(cookie) = socket.cookie {
-                let twice = states.insert(cookie, socket.state);
+                let twice = states.insert(cookie.get(), socket.state);
                 assert_eq!(twice, None, "{socket:?} is there twice");
             }
         }

@@ -106,7 +106,7 @@ impl Watched {
     }
 
     fn socket(&self, cookie: u16) -> &Socket {
-        let of_it = |socket: &&Socket| socket.cookie == Some(cookie.into());
+        let of_it = |socket: &&Socket| socket.cookie == NonZero::new(cookie.into());
         self.table
             .sockets()
             .find(of_it)
@@ -115,7 +115,7 @@ impl Watched {
 
     /// Pid and source.
     fn owner(&self, cookie: u16) -> Option<(u32, OwnerSource)> {
-        let owner = self.socket(cookie).owner;
+        let owner = self.socket(cookie).owner();
         owner.map(|owner| (owner.process.pid, owner.source))
     }
 
@@ -227,14 +227,14 @@ fn of_several_holders_the_one_that_started_first_counts() {
         watched.swept(2, &holders);
         assert_eq!(watched.owner(7), Some((50, OwnerSource::Sweep)));
         assert_eq!(watched.owner(8), Some((60, OwnerSource::Sweep)));
-        assert_eq!(watched.socket(7).holders, Some(2));
-        assert_eq!(watched.socket(8).holders, Some(1));
+        assert_eq!(watched.socket(7).holders, NonZero::new(2));
+        assert_eq!(watched.socket(8).holders, NonZero::new(1));
         assert_eq!(watched.gauge(ESTABLISHED, "old"), 1);
         assert_eq!(watched.gauge(ESTABLISHED, "young"), 1);
         // The old one closes its descriptor.
         watched.swept(3, &[holder(young, &[7, 8])]);
         assert_eq!(watched.owner(7), Some((60, OwnerSource::Sweep)));
-        assert_eq!(watched.socket(7).holders, Some(1));
+        assert_eq!(watched.socket(7).holders, NonZero::new(1));
     }
 }
 
@@ -386,7 +386,7 @@ fn a_sweep_that_began_before_an_event_told_the_owner_does_not_overrule_it() {
             watched.sweep(61, sweep(21, FORKED));
             let swept = Some((FORKED, OwnerSource::Sweep));
             assert_eq!(watched.owner(CHILD), swept);
-            assert_eq!(watched.socket(CHILD).holders, Some(1));
+            assert_eq!(watched.socket(CHILD).holders, NonZero::new(1));
         }
     }
 }
@@ -423,7 +423,7 @@ fn a_rounded_start_is_the_same_process_and_a_later_one_is_not() {
             ..process(WORKER, "curl")
         };
         watched.swept(2, &[holder(found, &[7])]);
-        let Owner { process, source } = watched.socket(7).owner.expect("an owner");
+        let Owner { process, source } = watched.socket(7).owner().expect("an owner");
         (process.start_ns, source)
     };
     assert_eq!(
@@ -621,7 +621,7 @@ proptest! {
                         .collect();
                     let owned = |watched: &Watched| {
                         let sockets = watched.table.full.sockets();
-                        sockets.filter(|socket| socket.owner.is_some()).count()
+                        sockets.filter(|socket| socket.owned.is_some()).count()
                     };
                     let before = owned(&watched);
                     watched.swept(now, &holders);

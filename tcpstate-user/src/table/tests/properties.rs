@@ -4,16 +4,17 @@ use proptest::prelude::*;
 
 use super::identity::told;
 use super::*;
+use crate::table::Refused;
 
 /// A step of the kernel in miniature.
 #[derive(Clone, Copy, Debug)]
-struct Step {
-    socket: usize,
-    choice: u8,
+pub(super) struct Step {
+    pub(super) socket: usize,
+    pub(super) choice: u8,
     wait_ms: u64,
 }
 
-fn step(sockets: usize) -> impl Strategy<Value = Step> {
+pub(super) fn step(sockets: usize) -> impl Strategy<Value = Step> {
     (0..sockets, any::<u8>(), 1u64..60).prop_map(|(socket, choice, wait_ms)| Step {
         socket,
         choice,
@@ -26,7 +27,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 }
 
 /// Where a socket can go from a state. A →CLOSE from FIN_WAIT2 or CLOSING with DONE leaves a TIME_WAIT.
-fn next(state: TcpState, choice: u8) -> TcpState {
+pub(super) fn next(state: TcpState, choice: u8) -> TcpState {
     let ways: &[TcpState] = match state {
         CLOSE | TIME_WAIT => &[SYN_SENT],
         SYN_SENT => &[ESTABLISHED, ESTABLISHED, CLOSE],
@@ -436,8 +437,9 @@ proptest! {
             Identity::Ends,
         ]),
         dumps in prop::collection::vec((0u16..5, prop::sample::select(TcpState::ALL.to_vec())), 0..20),
+        most in 1usize..20,
     ) {
-        let mut watched = Watched::new(identity);
+        let mut watched = Watched::holding(identity, most);
         for (index, &(socket, from, to, flags, sk_err)) in events.iter().enumerate() {
             let index = index as u64;
             if index % 50 == 25 {
@@ -456,7 +458,8 @@ proptest! {
             watched.take(|table, sink| {
                 let taken = table.apply(&event, None, sink);
                 let unnamed = identity == Identity::Cookie && socket == 0;
-                assert_eq!(taken.is_err(), unnamed);
+                assert_eq!(taken == Err(Refused::NoCookie), unnamed);
+                assert!(table.len() <= most);
             });
         }
         watched.take(|table, sink| table.flush_children(u64::MAX, sink));

@@ -1,5 +1,7 @@
 //! Timewait sockets, where the kernel's own functions tell of them.
 
+use std::num::NonZero;
+
 use tcpstate_common::TimeWait;
 use tcpstate_common::event::{TIMEWAIT_BEGINS, TIMEWAIT_ENDS, TIMEWAIT_SET_AGAIN};
 
@@ -134,7 +136,7 @@ fn who_held_a_socket_says_nothing_of_it_once_nobody_is_found() {
     };
     let count = |watched: &Watched| watched.table.full.sockets().next().map(|it| it.holders);
     watched.swept(20, &[holder]);
-    assert_eq!(count(&watched), Some(Some(1)));
+    assert_eq!(count(&watched), Some(NonZero::new(1)));
     watched.swept(30, &[]);
     assert_eq!(count(&watched), Some(None));
 }
