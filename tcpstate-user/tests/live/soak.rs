@@ -203,15 +203,16 @@ fn a_daemon_under_random_load_does_not_grow() {
         );
         assert!(grown < GROWTH, "resident memory grew");
         assert!(files[1] < files[0] + 5.0, "descriptors leak");
-        // What was lost has to be corrected, and what the kernel hid, which nothing tells: a few of a million there.
+        // A transition that was lost is corrected, by the socket's next one and by a dump; and so is what the kernel hid,
+        // which nothing tells: a few of a million there.
         let hidden = if kernel_hides() {
             transitions * HIDDEN
         } else {
             0.0
         };
         assert!(
-            corrections <= hidden || lost > 0.0,
-            "{corrections} corrections of {transitions} transitions"
+            corrections <= hidden + 2.0 * lost,
+            "{corrections} corrections of {transitions} transitions, of which {lost} were lost"
         );
     });
 }
