@@ -68,11 +68,12 @@ fn must_be_quick(what: &str, round: impl Fn() -> Duration) {
     let mut rounds = [(); ROUNDS].map(|()| round());
     rounds.sort();
     let dropped = DROPPED.swap(0, Ordering::Relaxed);
-    println!("the slowest scrape {what}, by round: {rounds:?}");
-    assert_eq!(dropped, 0, "scrapes were dropped {what}");
+    println!("the slowest scrape {what}, by round: {rounds:?}; {dropped} dropped");
+    // There a client can take longer to send its request, or to read on, than one may do nothing.
     if emulated() {
         println!("not judged on an emulated processor");
     } else {
+        assert_eq!(dropped, 0, "scrapes were dropped {what}");
         assert!(rounds[0] < QUICK, "{what}: {rounds:?}");
     }
 }

@@ -198,7 +198,8 @@ impl Watched {
         until_right(&daemon);
         let mut all_told = true;
         for watch in watches {
-            watch.wait_until(Duration::from_secs(10), |lines| {
+            // Where no event tells of the end, a dump does: each 30 s of a watch's own.
+            watch.wait_until(Duration::from_secs(45), |lines| {
                 lines.iter().any(|line| closed.is(line))
             });
             let (_, lines, _) = watch.stop();
