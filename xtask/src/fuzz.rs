@@ -35,12 +35,15 @@ pub fn campaign(only: Option<&str>, limits: &Limits) -> Result<()> {
     let mut rows = Vec::new();
     for target in targets {
         // Apart from running it, whose time is told.
-        host::run(
+        let built = host::run(
             &format!("building target {target}"),
             cargo_fuzz("build").arg(target),
-        )?;
-        host::say(&format!("trying {target}"));
-        rows.push((target, run(target, limits)));
+        );
+        let tried = built.and_then(|()| {
+            host::say(&format!("trying {target}"));
+            run(target, limits)
+        });
+        rows.push((target, tried));
     }
 
     println!();

@@ -5,7 +5,10 @@ use std::ffi::OsString;
 
 use anyhow::{Context, Result};
 
-use crate::{build, host, setup, test};
+use crate::{build, setup, test};
+
+/// The test.
+const LOAD: &str = "soak::a_daemon_under_random_load_does_not_grow";
 
 pub fn run(minutes: u64) -> Result<()> {
     setup::for_build()?;
@@ -16,7 +19,7 @@ pub fn run(minutes: u64) -> Result<()> {
     let time = OsString::from(minutes.to_string());
     let mut command = test::program(live, &product, &[("TCPSTATE_MINUTES", &time)])?;
     command
-        .args(["--ignored", "--nocapture", "soak::"])
+        .args(["--ignored", "--nocapture", "--exact", LOAD])
         .current_dir(&live.package);
-    host::run(&format!("load for {minutes} minutes"), &mut command)
+    test::one(&format!("the load for {minutes} minutes"), &mut command)
 }

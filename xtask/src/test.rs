@@ -93,6 +93,18 @@ fn assignment(name: &str, value: &OsStr) -> OsString {
     assignment
 }
 
+/// Runs a command that does one test, and fails where that did not pass, or there is none.
+pub fn one(title: &str, command: &mut Command) -> Result<()> {
+    let mut total = Total::default();
+    total.add(title, command)?;
+    let passed = total.count.passed;
+    total.end(None)?;
+    if passed != 1 {
+        bail!("{passed} tests passed rather than one");
+    }
+    Ok(())
+}
+
 #[derive(Default)]
 struct Total {
     count: Count,

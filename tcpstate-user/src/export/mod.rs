@@ -16,6 +16,8 @@ pub mod prometheus;
 mod text;
 mod time;
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) use parse::acts;
 pub use parse::{ParseError, parse_line};
 pub use text::Look;
 

@@ -255,7 +255,7 @@ fn plain(field: &'static str, text: String) -> Result<String, ParseError> {
 }
 
 /// Whether it is a control character, ends a line, or has others shown in another order (Unicode's Bidi_Control).
-fn acts(char: char) -> bool {
+pub(crate) fn acts(char: char) -> bool {
     char.is_control()
         || matches!(
             char,

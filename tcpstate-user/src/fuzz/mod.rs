@@ -9,6 +9,7 @@ mod texts;
 
 pub use self::events::events;
 pub use self::texts::{config, filter, proc};
+use crate::export::acts;
 pub use crate::export::fuzz::stream;
 pub use crate::export::http::fuzz::http;
 pub use crate::kernel::fuzz::{btf, tracepoint};
@@ -30,12 +31,7 @@ pub(crate) fn shown(line: &str, bytes: usize) {
 /// Neither a control character, nor one that changes the order of the others.
 pub(crate) fn is_harmless(char: char) -> bool {
     // Most are, and this is asked of each.
-    if matches!(char, ' '..='~') {
-        return true;
-    }
-    let reorders = matches!(char, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
-    let breaks = matches!(char, '\u{2028}' | '\u{2029}');
-    !char.is_control() && !reorders && !breaks
+    matches!(char, ' '..='~') || !acts(char)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod apply;
 mod closed;
 mod fate;
 mod full;
+mod generations;
 mod listeners;
 mod merge;
 mod minis;
@@ -24,7 +25,6 @@ mod sweep;
 mod tests;
 mod timewait;
 
-use std::collections::VecDeque;
 use std::num::NonZero;
 
 use rustc_hash::{FxHashMap, FxHashSet};
@@ -34,6 +34,7 @@ use crate::model::{ConnectionId, Endpoint, Named, named};
 pub use apply::Refused;
 use closed::Closed;
 use full::{Full, FullSockets};
+use generations::Generations;
 pub use merge::{Merge, Merged};
 use minis::{Mini, Minis, is_request};
 pub use owners::Owned;
@@ -142,37 +143,6 @@ pub const MOST_SOCKETS: usize = 1_000_000;
 
 /// Network namespace, as far as events tell it, and both ends.
 type Tuple = (Option<u32>, Endpoint, Endpoint);
-
-/// Generations of sockets that were closed and may be connected again, the oldest forgotten first.
-#[derive(Debug, Default)]
-struct Generations {
-    next: FxHashMap<u64, u32>,
-    oldest: VecDeque<u64>,
-}
-
-impl Generations {
-    /// A socket whose descriptor stays open after a reset or a refusal leaves an entry here that nothing
-    /// takes back, for its end shows in no event: hence a bound (about 2 MB).
-    const MOST: usize = 65_536;
-
-    fn closed(&mut self, id: ConnectionId) {
-        let ConnectionId::Cookie { cookie, generation } = id else {
-            return;
-        };
-        if self.next.insert(cookie, generation + 1).is_none() {
-            self.oldest.push_back(cookie);
-            if self.oldest.len() > Self::MOST
-                && let Some(forgotten) = self.oldest.pop_front()
-            {
-                self.next.remove(&forgotten);
-            }
-        }
-    }
-
-    fn of(&self, cookie: u64) -> u32 {
-        self.next.get(&cookie).copied().unwrap_or(0)
-    }
-}
 
 #[derive(Debug)]
 pub struct Table {

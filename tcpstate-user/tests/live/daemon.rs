@@ -626,13 +626,14 @@ fn a_line_comes_within_a_tenth_of_a_second() {
         });
         let nobody = SocketAddr::new(LOOPBACK, 9);
         // A machine that others keep from running, as an emulated one, wakes any thread late, also the tracer's.
-        let mut late = Duration::ZERO;
-        for _ in 0..200 {
-            drop(Tcp::new(LOOPBACK).connect(nobody));
-            let (pause, begun) = (Duration::from_millis(7), Instant::now());
-            thread::sleep(pause);
-            late = late.max(begun.elapsed() - pause);
-        }
+        let mut late: Vec<Duration> = (0..200)
+            .map(|_| {
+                drop(Tcp::new(LOOPBACK).connect(nobody));
+                let (pause, begun) = (Duration::from_millis(7), Instant::now());
+                thread::sleep(pause);
+                begun.elapsed() - pause
+            })
+            .collect();
         thread::sleep(Duration::from_millis(200));
         // SAFETY: sends a signal to a child that has not been waited for.
         unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
@@ -640,14 +641,17 @@ fn a_line_comes_within_a_tenth_of_a_second() {
         let mut delays = reader.join().expect("the reader");
         assert_eq!(delays.len(), 400);
         delays.sort();
+        late.sort();
         let (p50, p99) = (delays[200], delays[396]);
+        let late = late[198];
         println!(
-            "from the kernel to the line: p50 {p50:?}, p99 {p99:?}; a sleep was {late:?} late at most"
+            "from the kernel to the line: p50 {p50:?}, p99 {p99:?}; p99 of how late a sleep was: {late:?}"
         );
         let limit = Duration::from_millis(100);
+        // A line waits for three threads: the tracer's, the one that writes, and the test's.
         if p99 >= limit && late >= limit / 4 {
             not_applicable(
-                "the machine itself wakes a thread a quarter of what is allowed too late",
+                "the machine itself wakes one thread in a hundred later than a quarter of what is allowed",
             );
             return;
         }

@@ -22,32 +22,32 @@ use crate::tracer::Tracer;
 /// Of two processors, and of the kernel's quick way to read the clock.
 const CLOCKS: u64 = 20_000;
 /// Of timers, at 100 a second; more than the daemon's idea of the time of day may be off.
-const TICK: u64 = 10_000_000;
+pub const TICK: u64 = 10_000_000;
 const RECONCILE_NS: u64 = 1_000_000_000;
 /// Between the end of a dump that a busy machine took long for, and the line.
 const LATE_NS: u64 = 1_500_000_000;
-const TIME_WAIT_NS: u64 = 60_000_000_000;
+pub const TIME_WAIT_NS: u64 = 60_000_000_000;
 const FIN_TIMEOUT_NS: u64 = 2_000_000_000;
 /// How often all is done where the kernel skips the program.
-const TRIES: usize = 3;
+pub const TRIES: usize = 3;
 
 const FIN_WAIT1: u8 = 4;
 const FIN_WAIT2: u8 = 5;
-const TIME_WAIT: u8 = 6;
+pub const TIME_WAIT: u8 = 6;
 const CLOSE: u8 = 7;
 const CLOSE_WAIT: u8 = 8;
 const LAST_ACK: u8 = 9;
 
-fn now() -> u64 {
+pub fn now() -> u64 {
     let now = clock_gettime(ClockId::Boottime);
     Duration::try_from(now).expect("not negative").as_nanos() as u64
 }
 
 /// Readings of the clock before and after something happened.
 #[derive(Clone, Copy, Debug)]
-struct When {
-    before: u64,
-    after: u64,
+pub struct When {
+    pub before: u64,
+    pub after: u64,
 }
 
 impl When {
@@ -58,7 +58,7 @@ impl When {
 }
 
 /// `what` ends no sooner than what it does shows in /proc.
-fn when<T>(what: impl FnOnce() -> T) -> (When, T) {
+pub fn when<T>(what: impl FnOnce() -> T) -> (When, T) {
     let before = now();
     let result = what();
     let after = now();
@@ -66,7 +66,7 @@ fn when<T>(what: impl FnOnce() -> T) -> (When, T) {
 }
 
 /// From when it was last seen not to be so.
-fn when_shown(shown: impl Fn() -> bool) -> When {
+pub fn when_shown(shown: impl Fn() -> bool) -> When {
     let mut before = now();
     let end = before + 90_000_000_000;
     loop {
@@ -84,12 +84,12 @@ fn when_shown(shown: impl Fn() -> bool) -> When {
 }
 
 #[derive(Debug)]
-struct Stay {
-    local: SocketAddr,
-    remote: Option<SocketAddr>,
-    state: &'static str,
-    entered: When,
-    left: When,
+pub struct Stay {
+    pub local: SocketAddr,
+    pub remote: Option<SocketAddr>,
+    pub state: &'static str,
+    pub entered: When,
+    pub left: When,
 }
 
 impl Stay {
@@ -99,7 +99,7 @@ impl Stay {
         (least.saturating_sub(CLOCKS), most + CLOCKS)
     }
 
-    fn is(&self, line: &Value) -> bool {
+    pub fn is(&self, line: &Value) -> bool {
         let end = |which: &str| -> Option<SocketAddr> {
             let addr = line[format!("{which}_addr")].as_str()?.parse().ok()?;
             let port = line[format!("{which}_port")].as_u64()?;
@@ -194,15 +194,15 @@ fn drain(socket: &Tcp) {
 
 /// What a run saw, to be told.
 #[derive(Default)]
-struct Seen {
-    stays: Vec<Stay>,
+pub struct Seen {
+    pub stays: Vec<Stay>,
     /// Stays that a timer ends, and how long it is.
-    timed: Vec<(Stay, u64)>,
+    pub timed: Vec<(Stay, u64)>,
     keep: Vec<Tcp>,
 }
 
 /// In TIME_WAIT from when it gives back; with its ports.
-fn closes(seen: &mut Seen) -> (SocketAddr, SocketAddr, When) {
+pub fn closes(seen: &mut Seen) -> (SocketAddr, SocketAddr, When) {
     let connection = open();
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let [mut client, mut server] = connection.lives(&mut ours, &mut theirs);
@@ -427,7 +427,7 @@ fn line_of<'a>(stay: &Stay, lines: &'a [Value]) -> &'a Value {
     line
 }
 
-fn dwells(stay: &Stay, lines: &[Value], follows: bool) {
+pub fn dwells(stay: &Stay, lines: &[Value], follows: bool) {
     let line = line_of(stay, lines);
     let (least, most) = stay.bounds();
     let told = line["dwell_ns"].as_u64();
@@ -443,7 +443,7 @@ fn dwells(stay: &Stay, lines: &[Value], follows: bool) {
 }
 
 /// A stay that the kernel's timer ended.
-fn ends(stay: &Stay, timer: u64, lines: &[Value], follows: bool) {
+pub fn ends(stay: &Stay, timer: u64, lines: &[Value], follows: bool) {
     let line = line_of(stay, lines);
     assert_eq!(line["to"], "CLOSE", "{line}");
     let time: jiff::Timestamp = line["time"]

@@ -39,12 +39,20 @@ pub fn gauges_of(daemon: &Daemon) -> BTreeMap<String, f64> {
 }
 
 /// How long it takes until all gauges are the kernel's.
-fn until_right(daemon: &Daemon) -> Duration {
+pub fn until_right(daemon: &Daemon) -> Duration {
+    const PATIENCE: Duration = Duration::from_secs(20);
     let begun = Instant::now();
-    until("the gauges are the kernel's", || {
-        gauges_of(daemon) == kernels()
-    });
-    begun.elapsed()
+    loop {
+        let (told, is) = (gauges_of(daemon), kernels());
+        if told == is {
+            return begun.elapsed();
+        }
+        assert!(
+            begun.elapsed() < PATIENCE,
+            "after {PATIENCE:?} the gauges are {told:?}, and the kernel has {is:?}"
+        );
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// From each processor; how many connections.
@@ -70,7 +78,7 @@ fn storm_on(processor: usize, time: Duration) -> u64 {
 }
 
 /// All series of the metric that have this label's value.
-fn with(metrics: &Metrics, metric: &str, label: &str) -> f64 {
+pub fn with(metrics: &Metrics, metric: &str, label: &str) -> f64 {
     let series = metrics.0.iter();
     let series = series.filter(|(name, _)| name.starts_with(metric) && name.contains(label));
     series.map(|(_, value)| value).sum()

@@ -316,6 +316,11 @@ pub fn emulated() -> bool {
     cpus.expect("/proc is mounted").contains("QEMU TCG")
 }
 
+/// Whether nobody else uses the machine, whose clocks are ours to set: one that `cargo xtask vm` has booted.
+pub fn is_guest() -> bool {
+    std::env::var_os("TCPSTATE_GUEST").is_some()
+}
+
 /// The kernel that tcpstate is developed on runs no tracing program, and counts no skip, while a thread of its own first
 /// process is the current task (`docs/principles.md`): what a timer does just then is told by no event.
 pub fn kernel_hides() -> bool {

@@ -9,6 +9,7 @@ mod attribution;
 mod bench;
 mod check;
 mod clients;
+mod clocks;
 mod daemon;
 mod dumps;
 mod dwell;

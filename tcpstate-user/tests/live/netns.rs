@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::mount::{MountPropagationFlags, mount_bind, mount_change};
 use rustix::net::Shutdown;
@@ -21,17 +21,13 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tempfile::TempDir;
 
 use crate::daemon::{Daemon, in_namespace, refused};
-use crate::judge::kernel;
-use crate::lab::{TWO_SWEEPS, not_applicable, proc_states, until, until_within};
+use crate::lab::{TWO_SWEEPS, until, until_within};
 use crate::sockets::{Tcp, connect_to_nobody};
 use crate::sys;
 use crate::tracer::{Tracer, product};
 use crate::without::{COOKIE_ALONE, WHOLE, flags};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-
-/// Number of the state.
-const LISTEN: u8 = 10;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -90,6 +86,13 @@ impl Inside {
         let there = format!("/proc/self/fd/{}", there.as_raw_fd());
         mount_bind(there, &name).expect("a mount");
     }
+}
+
+/// Whether a thread of this process is in that namespace.
+fn has_thread_in(inode: u32) -> bool {
+    let threads = std::fs::read_dir("/proc/self/task").expect("/proc is mounted");
+    let mut links = threads.flatten().map(|thread| thread.path().join("ns/net"));
+    links.any(|link| rustix::fs::stat(&link).is_ok_and(|it| it.st_ino == u64::from(inode)))
 }
 
 /// Listeners that are older than the daemon, as no event shows them: only a dump of their namespace does. So many that
@@ -180,33 +183,39 @@ fn a_namespace_that_nothing_leads_to_is_named() {
         assert!(says(&["tracing directly"]));
         let inside = Inside::new();
         let inode = inside.inode;
-        let _listener = inside.run(|| {
-            let socket = Tcp::bound(LOOPBACK);
-            let port = socket.local().port();
-            let listen = || rustix::net::listen(&socket.fd, 1).expect("listen");
-            let process = sys::Fork::new(&[socket.fd.as_fd()], listen).expect("a process");
-            until("it listens", || proc_states(port) == [LISTEN]);
-            drop(process);
-            socket
-        });
-        // Nor does a thread of who holds it now.
+        let socket = inside.run(|| Tcp::bound(LOOPBACK));
+        // Nor does a thread of who holds it now. Before it listens: a dump that found the namespace would take it for gone
+        // with the thread.
         drop(inside);
+        until("the thread has ended", || !has_thread_in(inode));
+        let listen = || rustix::net::listen(&socket.fd, 1).expect("listen");
+        let process = sys::Fork::new(&[socket.fd.as_fd()], listen).expect("a process");
+        until("it listened, and ended", || process.ended().is_some());
+        drop(process);
         let named = says(&["known from events only", &inode.to_string()]);
         drop(done);
         limit.join().expect("no panic");
+        drop(socket);
         assert!(named, "{inode} was not named");
     });
 }
 
-/// Its sockets by name, over all states.
-fn sockets_of(daemon: &Daemon, comm: &str) -> f64 {
+/// Waits until so many sockets, over all states, count by that name.
+fn until_there_are(daemon: &Daemon, comm: &str, count: f64) {
     let label = format!("tcpstate_process_sockets{{comm=\"{comm}\"");
-    let metrics = daemon.metrics();
-    let series = metrics
-        .0
-        .iter()
-        .filter(|(name, _)| name.starts_with(&label));
-    series.map(|(_, count)| count).sum()
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let mut series = daemon.metrics().0;
+        series.retain(|name, count| name.starts_with(&label) && *count > 0.0);
+        if series.values().sum::<f64>() == count {
+            return;
+        }
+        if Instant::now() > end {
+            let (_, listed) = daemon.get(&format!("/v1/sockets?comm={comm}"));
+            panic!("waited in vain for {count} sockets of {comm}: {series:#?}, {listed}");
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// A process of that name, in the calling thread's namespaces, that has 20 sockets and leaves 10 in TIME_WAIT.
@@ -246,12 +255,10 @@ fn a_container_that_was_stopped_has_no_sockets() {
             unsafe { unshare_unsafe(own) }.expect("namespaces need root");
             lives(c"contained")
         });
-        until("its sockets are counted", || {
-            sockets_of(&daemon, "contained") == 30.0
-        });
+        until_there_are(&daemon, "contained", 30.0);
         drop(init);
         drop(inside);
-        until("they are gone", || sockets_of(&daemon, "contained") == 0.0);
+        until_there_are(&daemon, "contained", 0.0);
     });
 }
 
@@ -259,10 +266,6 @@ fn a_container_that_was_stopped_has_no_sockets() {
 #[test]
 fn a_namespace_with_the_inode_of_one_that_went_is_right() {
     in_namespace(|_| {
-        if kernel() < (5, 12) {
-            not_applicable("fails below 5.12, and why is not found yet (docs/reliability.md)");
-            return;
-        }
         let daemon = Daemon::tracing("all", &["--reconcile-interval", "500ms"]);
         let mut inodes = BTreeSet::new();
         let mut reused = false;
@@ -270,9 +273,7 @@ fn a_namespace_with_the_inode_of_one_that_went_is_right() {
             let inside = Inside::new();
             reused = !inodes.insert(inside.inode);
             let process = inside.run(|| lives(c"inside"));
-            until("its sockets are counted, and no other", || {
-                sockets_of(&daemon, "inside") == 30.0
-            });
+            until_there_are(&daemon, "inside", 30.0);
             drop(process);
             drop(inside);
             if reused {
@@ -280,7 +281,7 @@ fn a_namespace_with_the_inode_of_one_that_went_is_right() {
             }
         }
         assert!(reused, "the kernel gave {inodes:?}");
-        until("they are gone", || sockets_of(&daemon, "inside") == 0.0);
+        until_there_are(&daemon, "inside", 0.0);
     });
 }
 

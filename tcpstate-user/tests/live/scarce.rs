@@ -11,7 +11,7 @@ use std::time::Duration;
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
 
 use crate::daemon::{Daemon, LOOPBACK, in_namespace, refused, storm};
-use crate::faults::{gauges_of, kernels};
+use crate::faults::{until_right, with};
 use crate::judge::kernel;
 use crate::lab::{not_applicable, until};
 use crate::tracer::product;
@@ -34,37 +34,71 @@ fn a_watch_that_can_not_write_says_so() {
     });
 }
 
+/// Takes all descriptors that the daemon may have: connections that ask for nothing, as long as they are there.
+fn take_all_descriptors(daemon: &Daemon) -> Vec<TcpStream> {
+    /// More than it has at any time for a dump, a sweep and a scrape together.
+    const MORE: u64 = 20;
+    let files = format!("/proc/{}/fd", daemon.pid());
+    let open = || fs::read_dir(&files).expect("ours").count() as u64;
+    let most = Some(open() + MORE);
+    let limit = Rlimit {
+        current: most,
+        maximum: most,
+    };
+    let pid = Pid::from_raw(daemon.pid() as i32);
+    prlimit(pid, Resource::Nofile, limit).expect("our child");
+    let address = SocketAddr::new(LOOPBACK, 10975);
+    let silent = (0..100).map(|_| TcpStream::connect(address).expect("connected"));
+    let silent = silent.collect();
+    // Those of a dump come and go, and where it found none left it waits for a second before it takes a connection.
+    until("it has nearly as many as it may", || {
+        Some(open() + 5) >= most
+    });
+    silent
+}
+
 /// More connections than it may have descriptors: it goes on tracing, and answers again when they are gone.
 #[test]
 fn a_daemon_without_descriptors_goes_on() {
     in_namespace(|_| {
         let daemon = Daemon::start(&[]);
-        let pid = Pid::from_raw(daemon.pid() as i32);
-        let open = daemon.metrics().get("process_open_fds") as u64;
-        let limit = Rlimit {
-            current: Some(open + 20),
-            maximum: Some(open + 20),
-        };
-        prlimit(pid, Resource::Nofile, limit).expect("our child");
         let before = daemon.metrics();
-        let address = SocketAddr::new(LOOPBACK, 10975);
-        let silent: Vec<_> = (0..100)
-            .map(|_| TcpStream::connect(address).expect("connected"))
-            .collect();
-        let files = format!("/proc/{}/fd", daemon.pid());
-        // Some come and go.
-        until("it has nearly as many as it may", || {
-            fs::read_dir(&files).expect("ours").count() as u64 >= open + 15
-        });
+        let silent = take_all_descriptors(&daemon);
         let connections = storm(Duration::from_secs(2));
         drop(silent);
-        until("it answers, and the gauges are the kernel's", || {
-            daemon.get("/-/ready").0 == 200 && gauges_of(&daemon) == kernels()
-        });
+        until("it answers", || daemon.get("/-/ready").0 == 200);
+        let right_after = until_right(&daemon);
         let after = daemon.metrics();
-        let grew = |metric: &str| after.sum(metric) - before.sum(metric);
-        assert!(grew("tcpstate_events_received_total") >= (6 * connections) as f64);
-        assert_eq!(grew("tcpstate_events_lost_total"), 0.0);
+        let lost = |metrics, reason| with(metrics, "tcpstate_events_lost_total", reason);
+        // The kernel's count of those is of the whole host.
+        let skipped = lost(&after, "\"recursion\"") - lost(&before, "\"recursion\"");
+        let received = "tcpstate_events_received_total";
+        let received = after.sum(received) - before.sum(received);
+        println!("{connections} connections; gauges right {right_after:?} after it answered");
+        assert!(received + skipped >= (6 * connections) as f64);
+        for reason in ["\"ring_full\"", "\"decode\""] {
+            assert_eq!(lost(&after, reason), 0.0, "{reason}");
+        }
+    });
+}
+
+/// A dump repairs what was lost, and can't be made then.
+#[test]
+fn what_is_lost_without_descriptors_is_repaired_when_there_are_some() {
+    in_namespace(|_| {
+        let daemon = Daemon::start(&["--ring-size", "4096", "--reconcile-interval", "1h"]);
+        let silent = take_all_descriptors(&daemon);
+        storm(Duration::from_secs(3));
+        drop(silent);
+        until("it answers", || daemon.get("/-/ready").0 == 200);
+        let metrics = daemon.metrics();
+        let lost = with(&metrics, "tcpstate_events_lost_total", "\"ring_full\"");
+        assert!(lost > 0.0, "a ring of a page held all");
+        assert!(
+            metrics.get("tcpstate_reconcile_failures_total") > 0.0,
+            "a dump was made without descriptors"
+        );
+        until_right(&daemon);
     });
 }
 

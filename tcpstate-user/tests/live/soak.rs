@@ -21,7 +21,7 @@ use crate::sockets::{Tcp, connect_to_nobody};
 /// Connections that a worker holds at most.
 const HELD: usize = 500;
 const WORKERS: u64 = 3;
-/// Connections that come first: more than are remembered when they were closed (`Generations`: 65,536), however slow the
+/// Connections that come first: more than are remembered when they were closed (`Generations`: 57,344), however slow the
 /// machine is.
 const FILL: u64 = 200_000;
 const READ: Duration = Duration::from_secs(20);
@@ -29,6 +29,8 @@ const READ: Duration = Duration::from_secs(20);
 const REST: Duration = Duration::from_secs(15);
 /// Of resident memory, in percent.
 const GROWTH: f64 = 2.0;
+/// At most, of all transitions, by the kernel that hides some.
+const HIDDEN: f64 = 1e-5;
 
 /// One after the other, of every kind, by a process that changes its name now and then.
 fn work(seed: u64, over: &AtomicBool, connections: &AtomicU64) {
@@ -182,16 +184,16 @@ fn a_daemon_under_random_load_does_not_grow() {
         let metrics = daemon.metrics();
         let lost = metrics.sum("tcpstate_events_lost_total");
         let corrections = metrics.sum("tcpstate_corrections_total");
+        let transitions = metrics.sum("tcpstate_kernel_transitions_total");
         let eighths = samples.chunks(samples.len().div_ceil(8));
         let trend = eighths.map(|some| mean(some, |sample| sample.resident) / f64::from(1 << 20));
         let trend: Vec<String> = trend.map(|mib| format!("{mib:.1}")).collect();
         println!("resident memory, MiB, by eighths: {}", trend.join(" "));
         println!(
-            "{minutes} minutes, {} connections, {} transitions, {lost} lost, {corrections} corrected; resident memory \
+            "{minutes} minutes, {} connections, {transitions} transitions, {lost} lost, {corrections} corrected; resident memory \
              {:.1} MiB in the second quarter, {:.1} MiB in the last ({grown:+.2} %); {:.1} files open, then {:.1}; {:.0} sockets in the \
              table, then {:.0}",
             filled.expect("no panic") + connections.load(Ordering::Relaxed),
-            metrics.sum("tcpstate_kernel_transitions_total"),
             resident[0] / f64::from(1 << 20),
             resident[1] / f64::from(1 << 20),
             files[0],
@@ -201,10 +203,16 @@ fn a_daemon_under_random_load_does_not_grow() {
         );
         assert!(grown < GROWTH, "resident memory grew");
         assert!(files[1] < files[0] + 5.0, "descriptors leak");
-        // What was lost, or hidden by the kernel, has to be corrected.
+        // A transition that was lost is corrected, by the socket's next one and by a dump; and so is what the kernel hid,
+        // which nothing tells: a few of a million there.
+        let hidden = if kernel_hides() {
+            transitions * HIDDEN
+        } else {
+            0.0
+        };
         assert!(
-            corrections == 0.0 || lost > 0.0 || kernel_hides(),
-            "{corrections} corrections"
+            corrections <= hidden + 2.0 * lost,
+            "{corrections} corrections of {transitions} transitions, of which {lost} were lost"
         );
     });
 }

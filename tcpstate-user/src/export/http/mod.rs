@@ -10,6 +10,7 @@ mod lines;
 mod places;
 mod serve;
 mod unix;
+mod watched;
 
 use std::sync::Arc;
 

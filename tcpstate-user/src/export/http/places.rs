@@ -1,38 +1,94 @@
-//! The places for connections. When all are taken, the connection that has waited longest for its request gives way,
-//! and each answer is its connection's last, so that nobody is kept out by connections that ask for nothing, or for one
-//! page after the other.
+//! The places for connections. When all are taken, the connection that has done nothing for longest gives way, and each
+//! answer is its connection's last, so that nobody is kept out by connections that ask for nothing, or for one page after
+//! the other. Who asks, and reads, is not dropped: not before what it sent was looked at, and not while its answer goes out.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use http_body::{Frame, SizeHint};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, sleep_until};
+
+/// A connection that did nothing for so long can give way, whatever it is about. Who waits for a place may wait as long.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
 pub(super) struct Places {
     free: Arc<Semaphore>,
-    waiting: Mutex<Waiting>,
-    /// There is one more that waits.
+    idle: Mutex<Idle>,
+    /// There is one more that is idle.
     more: Notify,
     said: AtomicBool,
 }
 
-/// Connections that wait for the whole of a request's header; who began last comes last.
+/// Connections that it is the other side's turn in; who did something last comes last.
 #[derive(Debug, Default)]
-struct Waiting {
-    next: u64,
-    by_age: BTreeMap<u64, Arc<Notify>>,
+struct Idle {
+    newest: u64,
+    by_age: BTreeMap<u64, Turn>,
+    /// A connection that waits for its request can give way at once where more than so many did something after it.
+    crowd: usize,
+}
+
+#[derive(Debug)]
+struct Turn {
+    since: Instant,
+    doing: Doing,
+    leave: Arc<Notify>,
+}
+
+/// Which connection can give way.
+enum Leaves {
+    Now(Arc<Notify>),
+    /// None before that, if nothing changes.
+    At(Instant),
+    None,
+}
+
+impl Idle {
+    /// Gives its ticket; 0 is nobody's.
+    fn add(&mut self, doing: Doing, leave: &Arc<Notify>, now: Instant) -> u64 {
+        self.newest += 1;
+        let turn = Turn {
+            since: now,
+            doing,
+            leave: Arc::clone(leave),
+        };
+        self.by_age.insert(self.newest, turn);
+        self.newest
+    }
+
+    /// Takes out the one that leaves.
+    fn leaves(&mut self, now: Instant) -> Leaves {
+        let mut younger = self.by_age.len();
+        let leaves = self.by_age.iter().find(|(_, turn)| {
+            younger -= 1;
+            let crowded = turn.doing == Doing::Waits && younger > self.crowd;
+            crowded || turn.since + PATIENCE <= now
+        });
+        if let Some((&ticket, _)) = leaves
+            && let Some(turn) = self.by_age.remove(&ticket)
+        {
+            return Leaves::Now(turn.leave);
+        }
+        let oldest = self.by_age.values().next();
+        oldest.map_or(Leaves::None, |turn| Leaves::At(turn.since + PATIENCE))
+    }
 }
 
 impl Places {
     pub(super) fn new(count: usize) -> Arc<Self> {
         Arc::new(Self {
             free: Arc::new(Semaphore::new(count)),
-            waiting: Mutex::default(),
+            idle: Mutex::new(Idle {
+                crowd: count / 4,
+                ..Idle::default()
+            }),
             more: Notify::new(),
             said: AtomicBool::new(false),
         })
@@ -49,46 +105,73 @@ impl Places {
                 () = self.make_room() => free().await,
             },
         };
-        let place = Arc::new(Place {
+        Arc::new(Place {
             places: Arc::clone(self),
             leave: Arc::default(),
-            ticket: Mutex::default(),
+            now: Mutex::new(Now {
+                doing: Doing::New,
+                ticket: 0,
+            }),
             _permit: permit.expect("nobody closes the semaphore"),
-        });
-        place.waits();
-        place
+        })
     }
 
-    /// Has the connection end that has waited longest, once there is one.
+    /// Has a connection end that can give way, once there is one.
     async fn make_room(&self) {
         loop {
-            let longest = self.waiting().by_age.pop_first();
-            if let Some((_, leave)) = longest {
-                leave.notify_one();
-                if !self.said.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(
-                        "all connections that may be are there: for each more, the one is dropped that has waited \
-                         longest for its request (said once)"
-                    );
+            let leaves = self.idle().leaves(Instant::now());
+            match leaves {
+                Leaves::Now(leave) => {
+                    leave.notify_one();
+                    if !self.said.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(
+                            "all connections that may be are there: for each more, the one is dropped that has waited \
+                             longest for its request, or not read its answer (said once)"
+                        );
+                    }
+                    return;
                 }
-                return;
+                Leaves::At(time) => tokio::select! {
+                    () = self.more.notified() => {}
+                    () = sleep_until(time) => {}
+                },
+                Leaves::None => self.more.notified().await,
             }
-            self.more.notified().await;
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    fn idle(&self) -> MutexGuard<'_, Idle> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A connection's place; free again when this and all its [`Answer`]s are dropped.
+/// What a connection is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doing {
+    /// What it sent was not looked at yet.
+    New,
+    /// For a request, or for the rest of one.
+    Waits,
+    Answered,
+    /// It has to read the rest of its answer.
+    Reads,
+    /// It was told to.
+    Leaves,
+}
+
+#[derive(Debug)]
+struct Now {
+    doing: Doing,
+    /// Where it is among the idle ones, or was.
+    ticket: u64,
+}
+
+/// A connection's, until it is dropped.
 #[derive(Debug)]
 pub(super) struct Place {
     places: Arc<Places>,
     leave: Arc<Notify>,
-    /// Its key among those that wait, the last that it had.
-    ticket: Mutex<u64>,
+    now: Mutex<Now>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -105,37 +188,62 @@ impl Place {
 
     /// A request is there: it is safe until the answer is dropped.
     pub(super) fn answers(self: &Arc<Self>) -> Answering {
-        self.stops_waiting();
+        self.goes(&[Doing::New, Doing::Waits, Doing::Reads], Doing::Answered);
         Answering(Arc::clone(self))
     }
 
-    fn waits(&self) {
-        let mut waiting = self.places.waiting();
-        let ticket = waiting.next;
-        waiting.next += 1;
-        waiting.by_age.insert(ticket, Arc::clone(&self.leave));
-        *self.ticket() = ticket;
-        drop(waiting);
-        self.places.more.notify_one();
+    /// All that has come was read, and is no whole request.
+    pub(super) fn nothing_to_read(&self) {
+        self.goes(&[Doing::New], Doing::Waits);
     }
 
-    fn stops_waiting(&self) {
-        let mut waiting = self.places.waiting();
-        waiting.by_age.remove(&self.ticket());
+    /// Some bytes of the answer were taken by the kernel.
+    pub(super) fn wrote(&self) {
+        self.goes(&[Doing::Reads], Doing::Reads);
     }
 
-    fn ticket(&self) -> MutexGuard<'_, u64> {
-        self.ticket.lock().unwrap_or_else(PoisonError::into_inner)
+    /// All were.
+    pub(super) fn flushed(&self) {
+        self.goes(&[Doing::Reads], Doing::Waits);
+    }
+
+    /// Only from one of these.
+    fn goes(&self, from: &[Doing], to: Doing) {
+        let mut now = self.now();
+        if !from.contains(&now.doing) {
+            return;
+        }
+        let was_idle = now.doing.is_idle();
+        now.doing = to;
+        let mut idle = self.places.idle();
+        if was_idle && idle.by_age.remove(&now.ticket).is_none() {
+            now.doing = Doing::Leaves;
+        } else if to.is_idle() {
+            now.ticket = idle.add(to, &self.leave, Instant::now());
+            drop(idle);
+            self.places.more.notify_one();
+        }
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Doing {
+    const fn is_idle(self) -> bool {
+        matches!(self, Self::Waits | Self::Reads)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.stops_waiting();
+        let ticket = self.now().ticket;
+        self.places.idle().by_age.remove(&ticket);
     }
 }
 
-/// While it lives, its connection does not wait for a request.
+/// While it lives, its connection is not idle.
 pub(super) struct Answering(Arc<Place>);
 
 impl Answering {
@@ -153,7 +261,7 @@ impl Answering {
 
 impl Drop for Answering {
     fn drop(&mut self) {
-        self.0.waits();
+        self.0.goes(&[Doing::Answered], Doing::Reads);
     }
 }
 
@@ -180,5 +288,50 @@ impl http_body::Body for Answer {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With a crowd of one; what each does, and for how many milliseconds. Who leaves, by place, or how long to wait.
+    fn leaves(turns: &[(Doing, u64)]) -> (Option<usize>, Option<u64>) {
+        let now = Instant::now() + Duration::from_secs(1);
+        let mut idle = Idle {
+            crowd: 1,
+            ..Idle::default()
+        };
+        let places: Vec<Arc<Notify>> = turns.iter().map(|_| Arc::default()).collect();
+        for ((doing, ms), leave) in turns.iter().zip(&places) {
+            idle.add(*doing, leave, now - Duration::from_millis(*ms));
+        }
+        match idle.leaves(now) {
+            Leaves::Now(leave) => {
+                assert_eq!(idle.by_age.len(), turns.len() - 1);
+                let place = places.iter().position(|it| Arc::ptr_eq(it, &leave));
+                (place, None)
+            }
+            Leaves::At(time) => (None, Some((time - now).as_millis() as u64)),
+            Leaves::None => (None, None),
+        }
+    }
+
+    #[test]
+    fn who_did_nothing_for_longest_leaves_and_nobody_too_soon() {
+        use Doing::{Reads, Waits};
+        assert_eq!(leaves(&[]), (None, None));
+        assert_eq!(leaves(&[(Waits, 100), (Waits, 99)]), (Some(0), None));
+        assert_eq!(leaves(&[(Reads, 100), (Waits, 99)]), (Some(0), None));
+        assert_eq!(leaves(&[(Waits, 99), (Reads, 98)]), (None, Some(1)));
+        // In a crowd at once, but not with a part of an answer.
+        let crowd = [(Waits, 3), (Waits, 2), (Waits, 1)];
+        assert_eq!(leaves(&crowd), (Some(0), None));
+        assert_eq!(
+            leaves(&[(Reads, 3), (Waits, 2), (Waits, 1)]),
+            (None, Some(97))
+        );
+        let behind = [(Reads, 4), (Waits, 3), (Waits, 2), (Waits, 1)];
+        assert_eq!(leaves(&behind), (Some(1), None));
     }
 }

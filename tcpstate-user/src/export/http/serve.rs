@@ -21,13 +21,14 @@ use tokio::task::JoinSet;
 use tokio_io_timeout::TimeoutStream;
 
 use super::places::{Place, Places};
+use super::watched::Watched;
 use super::{Backend, UnixSocket, local, public};
 
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Connections at a time: over all TCP addresses, and as many on the Unix socket, so that neither can shut out
-    /// the other. For a further one, the one gives way that has waited longest for its request; and where all places are
-    /// taken, an answer is its connection's last.
+    /// the other. For a further one, the one gives way that has waited longest for its request, or does not read its
+    /// answer; and where all places are taken, an answer is its connection's last.
     pub connections: usize,
     /// From when a request may begin to the end of its header; ends an idle connection too.
     pub header: Duration,
@@ -174,7 +175,7 @@ async fn converse<I>(
 ) where
     I: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let mut io = TimeoutStream::new(io);
+    let mut io = TimeoutStream::new(Watched::new(io, Arc::clone(&place)));
     io.set_write_timeout(Some(limits.write));
     let answered = Arc::clone(&place);
     let router = TowerToHyperService::new(router);
@@ -197,6 +198,8 @@ async fn converse<I>(
         .serve_connection(TokioIo::new(Box::pin(io)), service);
     let mut connection = pin!(connection);
     let ended = tokio::select! {
+        // Its request may have come just now.
+        biased;
         ended = connection.as_mut() => ended,
         () = place.left() => return,
         () = stop(stopped) => {

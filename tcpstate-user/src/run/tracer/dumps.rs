@@ -148,7 +148,7 @@ impl State {
                     self.lists.dump_begins(now_ns);
                 }
             }
-            Err(error) => self.dump_failed(&format!("can't start a thread: {error}"), now_ns),
+            Err(error) => self.dump_failed(dump, &format!("can't start a thread: {error}"), now_ns),
         }
     }
 
@@ -172,7 +172,7 @@ impl State {
             })),
             Err(error) => {
                 self.dump = None;
-                self.dump_failed(&error.to_string(), now_ns());
+                self.dump_failed(dump, &error.to_string(), now_ns());
                 self.answer(session);
                 return;
             }
@@ -332,13 +332,13 @@ impl State {
         }
     }
 
-    fn dump_failed(&mut self, reason: &str, now_ns: u64) {
+    fn dump_failed(&mut self, dump: Dump, reason: &str, now_ns: u64) {
         self.table.snapshot_failed();
         self.lists.dump_failed(reason);
         self.health.reconcile_failures += 1;
-        if !self.is_ready() {
-            // Without the first one there are no gauges.
-            self.next_full_ns = now_ns + SECOND_NS;
+        if dump == Dump::Full {
+            // Without the first one there are no gauges, and after a loss they stay wrong until there is one.
+            self.next_full_ns = self.next_full_ns.min(now_ns + SECOND_NS);
         }
         // Once for each reason: it may come with every scrape.
         if self.dump_failure != reason {
