@@ -85,6 +85,18 @@ pub fn has(program: &str) -> bool {
     which::which(program).is_ok()
 }
 
+/// The beginning of a command that is to run as root: through sudo, where it must. Without root and sudo it fails, and says
+/// what it needs.
+pub fn as_root(why: &str) -> Command {
+    if is_root() || !has("sudo") {
+        return Command::new("env");
+    }
+    say(&format!("{why}: sudo runs it"));
+    let mut command = Command::new("sudo");
+    command.args(["--", "env"]);
+    command
+}
+
 pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }

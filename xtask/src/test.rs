@@ -64,15 +64,7 @@ pub fn program(
         return Ok(command);
     }
     // Through env, because sudo sets an environment of its own.
-    let mut command = if !host::is_root() && host::has("sudo") {
-        host::say("the live tests load eBPF: sudo runs them");
-        let mut command = Command::new("sudo");
-        command.args(["--", "env"]);
-        command
-    } else {
-        // Not root and no sudo: they fail, and say what they need.
-        Command::new("env")
-    };
+    let mut command = host::as_root("the live tests load eBPF");
     command
         .arg(assignment("PATH", &path))
         .arg(assignment("TCPSTATE_BIN", product.as_os_str()))
