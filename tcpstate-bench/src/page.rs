@@ -30,7 +30,8 @@ count. Ratios are of the same round, `untraced, again` shows what the machine it
 and the most in parentheses.
 - **Time in the kernel** is what the kernel's BPF statistics say, on only for an interval of their own, of all of a tool's programs, \
 divided by the transitions made. It holds what measuring adds, the same for all.
-- **Processor time** is user and system time of the tool's process, until it has caught up after the load.
+- **Processor time** is user and system time of the tool's process, until it has caught up after the load. The daemon is not \
+scraped meanwhile.
 - **Memory** is `RssAnon`, `RssFile` and `RssShmem` of `/proc/PID/status`.
 - **Delay** goes from the moment before the client closes to the moment in which the line that tells it was read from a pipe, at \
 1,000 connections a second.
@@ -255,7 +256,7 @@ fn memory(growth: &Growth) -> String {
     }
     format!(
         "\n## The daemon's memory\n\nTwelve seconds after the sockets were opened: what is free goes back within ten. The ring is mapped, \
-         and counts as shared or as of a file. It had {} MB at most, seen each 3 ms.\n\n{}",
+         and counts as shared or as of a file. The most anonymous memory that was seen, by looking each 3 ms, was {} MB.\n\n{}",
         megabytes(growth.peak),
         table.text()
     )

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -66,10 +66,6 @@ impl Process {
 
     pub fn take_output(&mut self) -> Option<ChildStdout> {
         self.child.stdout.take()
-    }
-
-    pub fn take_errors(&mut self) -> Option<ChildStderr> {
-        self.child.stderr.take()
     }
 
     /// # Errors
