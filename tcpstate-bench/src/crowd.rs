@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::figures::{Crowd, Poll, Poller};
+use crate::figures::{Absent, Crowd, Poll, Poller};
 use crate::held::Held;
 use crate::http;
 use crate::load::Load;
@@ -43,15 +43,15 @@ impl Who {
     }
 }
 
-/// With those who could not be had, and why.
+/// `absent`: takes those who can't be had.
 pub fn measure(
     place: &Place,
     load: &Load,
     rounds: usize,
-) -> Result<(Crowd, Vec<(String, String)>)> {
+    absent: &mut Vec<Absent>,
+) -> Result<Crowd> {
     let mut held = Held::default();
     held.grow_to(SOCKETS)?;
-    let mut absent = Vec::new();
     let mut pollers: Vec<(Who, Poller)> = Who::ALL
         .map(|who| {
             let poller = Poller {
@@ -72,18 +72,20 @@ pub fn measure(
                 Ok(poll) => pollers[index].1.rounds.push(poll),
                 Err(error) if matches!(who, Who::NodeExporter | Who::Ss) => {
                     eprintln!("without {}: {error:#}", who.name());
-                    absent.push((who.name().to_owned(), format!("{error:#}")));
+                    absent.push(Absent {
+                        what: who.name().to_owned(),
+                        why: format!("{error:#}"),
+                    });
                     pollers.remove(index);
                 }
                 Err(error) => return Err(error.context(who.name())),
             }
         }
     }
-    let crowd = Crowd {
+    Ok(Crowd {
         sockets: held.sockets(),
         pollers: pollers.into_iter().map(|(_, poller)| poller).collect(),
-    };
-    Ok((crowd, absent))
+    })
 }
 
 fn poll(who: Who, place: &Place, load: &Load) -> Result<Poll> {

@@ -24,7 +24,7 @@ pub struct Results {
     pub loads: Vec<String>,
     pub tools: Vec<Measured>,
     /// Of tools and parts: what was not measured, and why.
-    pub absent: Vec<(String, String)>,
+    pub absent: Vec<Absent>,
     pub crowd: Option<Crowd>,
     pub memory: Option<Growth>,
     pub delays: Vec<Delay>,
@@ -44,6 +44,12 @@ pub struct Machine {
     pub spectre_v2: Option<String>,
     pub load_before: Option<f64>,
     pub load_after: Option<f64>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Absent {
+    pub what: String,
+    pub why: String,
 }
 
 /// One tool in all rounds.
@@ -115,8 +121,10 @@ pub struct Growth {
 pub struct Delay {
     pub tool: Tool,
     pub connections: u64,
-    /// One for each connection whose line came, sorted.
-    pub seconds: Vec<f64>,
+    /// Connections whose line came.
+    pub told: u64,
+    /// At each percent of these, from the quickest to the slowest, in seconds.
+    pub percentiles: Vec<f64>,
 }
 
 /// From the program's start to the first line of an event.
@@ -263,6 +271,15 @@ pub fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
     Some(sorted[below] + (sorted[above] - sorted[below]) * (place - place.floor()))
 }
 
+/// From the least to the most, at each percent; nothing of nothing.
+pub fn percentiles(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_by(f64::total_cmp);
+    let shares = (0..=100).map(|percent| f64::from(percent) / 100.0);
+    shares
+        .filter_map(|share| quantile(&values, share))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,6 +299,8 @@ mod tests {
         assert_eq!(quantile(&[7.0], 0.99), Some(7.0));
         let hundred: Vec<f64> = (0..=100).map(f64::from).collect();
         assert_eq!(quantile(&hundred, 0.99), Some(99.0));
+        assert_eq!(percentiles(vec![2.0, 1.0])[100], 2.0);
+        assert_eq!(percentiles(Vec::new()), []);
     }
 
     fn round(seconds: f64, kernel_ns: Option<f64>) -> Round {

@@ -35,7 +35,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Parser;
 
-use figures::Results;
+use figures::{Machine, Results};
 use load::Loads;
 use tools::{Place, Tool};
 
@@ -86,6 +86,8 @@ fn main() -> ExitCode {
 
 fn run(product: PathBuf, output: &Path, rounds: usize, stream: Duration) -> Result<()> {
     fs::create_dir_all(output)?;
+    // Another network namespace does not show all of it.
+    let machine = ground::machine();
     ground::enter()?;
     ground::descriptors();
     let place = Place {
@@ -93,7 +95,7 @@ fn run(product: PathBuf, output: &Path, rounds: usize, stream: Duration) -> Resu
         folder: tempfile::tempdir()?,
         loads: Loads::new()?,
     };
-    let results = measure(&place, rounds, stream)?;
+    let results = measure(&place, machine, rounds, stream)?;
     let json = serde_json::to_string(&results)?;
     fs::write(output.join("performance.json"), json + "\n")?;
     write_page(output)?;
@@ -101,13 +103,17 @@ fn run(product: PathBuf, output: &Path, rounds: usize, stream: Duration) -> Resu
     Ok(())
 }
 
-fn measure(place: &Place, rounds: usize, stream: Duration) -> Result<Results> {
-    let mut machine = ground::machine();
+fn measure(
+    place: &Place,
+    mut machine: Machine,
+    rounds: usize,
+    stream: Duration,
+) -> Result<Results> {
     let (load, _) = rounds::loads()[0];
     let lacks = lacks(place)?;
-    let (tools, mut absent) = rounds::measure(place, rounds)?;
-    let (crowd, more) = crowd::measure(place, &load, rounds)?;
-    absent.extend(more);
+    let mut absent = Vec::new();
+    let tools = rounds::measure(place, rounds, &mut absent)?;
+    let crowd = crowd::measure(place, &load, rounds, &mut absent)?;
     eprintln!("memory");
     let memory = memory::measure(place)?;
     eprintln!("delays");

@@ -2,7 +2,7 @@
 //! not pay, stands in `tried.md`.
 
 use crate::bars::{Verdict, bars};
-use crate::figures::{Crowd, Growth, Results, Spread, Told, quantile};
+use crate::figures::{Absent, Crowd, Growth, Results, Spread, Told, quantile};
 use crate::process::Memory;
 use crate::tools::Tool;
 use crate::words::{Table, grouped, or_dash};
@@ -54,7 +54,7 @@ pub fn page(results: &Results) -> String {
     page += HOW;
     if !results.absent.is_empty() {
         page += "\n## Not measured\n\n";
-        for (what, why) in &results.absent {
+        for Absent { what, why } in &results.absent {
             page += &format!("- {what}: {why}\n");
         }
     }
@@ -275,18 +275,16 @@ fn delays(results: &Results) -> String {
     ]);
     for delay in &results.delays {
         let at = |share| {
-            or_dash(quantile(&delay.seconds, share).map(|seconds| format!("{:.1}", seconds * 1e3)))
+            or_dash(
+                quantile(&delay.percentiles, share).map(|seconds| format!("{:.1}", seconds * 1e3)),
+            )
         };
         table.row([
             delay.tool.name().to_owned(),
             at(0.5),
             at(0.99),
             at(1.0),
-            format!(
-                "{} of {}",
-                grouped(delay.seconds.len() as u64),
-                grouped(delay.connections)
-            ),
+            format!("{} of {}", grouped(delay.told), grouped(delay.connections)),
         ]);
     }
     format!("\n## From a transition to its line\n\n{}", table.text())

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::bpf::{Measuring, Runs};
-use crate::figures::{Measured, Round};
+use crate::figures::{Absent, Measured, Round};
 use crate::ground;
 use crate::load::{Close, Load, Six};
 use crate::tools::{Place, Running, Tool};
@@ -46,9 +46,8 @@ pub fn loads() -> [(Load, Duration); 3] {
     ]
 }
 
-/// With what could not be measured, and why.
-pub fn measure(place: &Place, rounds: usize) -> Result<(Vec<Measured>, Vec<(String, String)>)> {
-    let mut absent = Vec::new();
+/// `absent`: takes the peers that can't be had.
+pub fn measure(place: &Place, rounds: usize, absent: &mut Vec<Absent>) -> Result<Vec<Measured>> {
     let mut measured: Vec<Measured> = Tool::ALL
         .map(|tool| Measured {
             tool,
@@ -68,14 +67,17 @@ pub fn measure(place: &Place, rounds: usize) -> Result<(Vec<Measured>, Vec<(Stri
                 // A peer that can't be had; the product must work.
                 Err(error) if tool.program().is_some() => {
                     eprintln!("without {}: {error:#}", tool.name());
-                    absent.push((tool.name().to_owned(), format!("{error:#}")));
+                    absent.push(Absent {
+                        what: tool.name().to_owned(),
+                        why: format!("{error:#}"),
+                    });
                     measured.remove(place_in);
                 }
                 Err(error) => return Err(error.context(tool.name())),
             }
         }
     }
-    Ok((measured, absent))
+    Ok(measured)
 }
 
 fn round(tool: Tool, place: &Place) -> Result<Round> {

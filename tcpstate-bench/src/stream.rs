@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use crate::figures::{Delay, Pipe, Start};
+use crate::figures::{Delay, Pipe, Start, percentiles};
 use crate::lines::Format;
 use crate::load::{Load, Made};
 use crate::process::Process;
@@ -56,18 +56,18 @@ pub fn delay(tool: Tool, place: &Place, load: &Load) -> Result<Delay> {
     process.settle()?;
     process.end()?;
     let lines = reading.join().map_err(|_| anyhow!("a thread failed"))?;
-    let mut seconds: Vec<f64> = lines?
+    let seconds: Vec<f64> = lines?
         .into_iter()
         .filter_map(|(port, read)| {
             let closed = closed.get_mut(&port)?.pop_front()?;
             Some(read.saturating_duration_since(closed).as_secs_f64())
         })
         .collect();
-    seconds.sort_by(f64::total_cmp);
     Ok(Delay {
         tool,
         connections: made.connections,
-        seconds,
+        told: seconds.len() as u64,
+        percentiles: percentiles(seconds),
     })
 }
 

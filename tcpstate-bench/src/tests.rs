@@ -4,7 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use crate::figures::{
-    Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Results, Round, Start, Told,
+    Absent, Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Results, Round,
+    Start, Told, percentiles,
 };
 use crate::load::Made;
 use crate::process::Memory;
@@ -87,7 +88,10 @@ fn results() -> Results {
             measured(Tool::Watch, 0.9, Some(201.0), told(240_006, 0)),
             measured(Tool::Printf, 0.3, Some(8300.0), told(120_000, 118_000)),
         ],
-        absent: vec![("`tcpstates`".to_owned(), "there is none".to_owned())],
+        absent: vec![Absent {
+            what: "`tcpstates`".to_owned(),
+            why: "there is none".to_owned(),
+        }],
         crowd: Some(Crowd {
             sockets: 50_000,
             pollers: vec![
@@ -108,7 +112,8 @@ fn results() -> Results {
         delays: vec![Delay {
             tool: Tool::Watch,
             connections: 3,
-            seconds: vec![0.001, 0.012, 0.024],
+            told: 3,
+            percentiles: percentiles(vec![0.001, 0.012, 0.024]),
         }],
         starts: [(Tool::Daemon, 0.15), (Tool::Watch, 0.31)]
             .map(|(tool, seconds)| Start {
