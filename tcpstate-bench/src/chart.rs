@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 
 use crate::figures::{Measured, Results};
+use crate::load::Made;
 use crate::tools::Tool;
 
 const WIDTH: f64 = 820.0;
@@ -34,7 +35,7 @@ pub fn chart(results: &Results) -> String {
     let rates = rows(results, |measured| {
         let ratio = match measured.tool {
             Tool::Untraced => 1.0,
-            _ => measured.rate_against(against?, 0)?.median,
+            _ => measured.rate_against(against?, 0, Made::rate)?.median,
         };
         Some((ratio, format!("{ratio:.3}")))
     });

@@ -162,7 +162,8 @@ fn poll(who: Who, place: &Place, load: &Load) -> Result<Poll> {
 /// With nothing but the collector that is compared.
 fn node_exporter() -> Result<Process> {
     let (name, package) = NODE_EXPORTER;
-    let path = program(name, package).or_else(|_| program("node_exporter", package))?;
+    let path = program(name, package)
+        .or_else(|error| program("node_exporter", package).map_err(|_| error))?;
     let mut command = Command::new(path);
     command
         .args([

@@ -172,18 +172,23 @@ impl Measured {
         Spread::of(&all?)
     }
 
-    /// Connections a second against the other tool's in the same round.
-    pub fn rate_against(&self, other: &Self, load: usize) -> Option<Spread> {
+    /// Against the other tool's in the same round. `rate`: of what a load made.
+    pub fn rate_against(
+        &self,
+        other: &Self,
+        load: usize,
+        rate: impl Fn(Made) -> f64,
+    ) -> Option<Spread> {
         let both = self.rounds.iter().zip(&other.rounds);
         let ratio = |(ours, theirs): (&Round, &Round)| {
-            Some(ours.made.get(load)?.rate() / theirs.made.get(load)?.rate())
+            Some(rate(*ours.made.get(load)?) / rate(*theirs.made.get(load)?))
         };
         let all: Option<Vec<f64>> = both.map(ratio).collect();
         Spread::of(&all?)
     }
 
-    pub fn rate(&self, load: usize) -> Option<Spread> {
-        self.each(|round| Some(round.made.get(load)?.rate()))
+    pub fn rate(&self, load: usize, rate: impl Fn(Made) -> f64) -> Option<Spread> {
+        self.each(|round| Some(rate(*round.made.get(load)?)))
     }
 
     pub fn kernel_ns(&self) -> Option<Spread> {
@@ -300,7 +305,7 @@ mod tests {
         let hundred: Vec<f64> = (0..=100).map(f64::from).collect();
         assert_eq!(quantile(&hundred, 0.99), Some(99.0));
         assert_eq!(percentiles(vec![2.0, 1.0])[100], 2.0);
-        assert_eq!(percentiles(Vec::new()), []);
+        assert!(percentiles(Vec::new()).is_empty());
     }
 
     fn round(seconds: f64, kernel_ns: Option<f64>) -> Round {
@@ -309,6 +314,7 @@ mod tests {
                 connections: 1000,
                 transitions: 6000,
                 seconds,
+                worked: 0.5,
             }],
             cpu_seconds: Some(0.003),
             kernel_ns,
@@ -329,8 +335,10 @@ mod tests {
     fn ratios_are_of_the_same_round() {
         let ours = measured(vec![round(2.0, None), round(20.0, None)]);
         let theirs = measured(vec![round(1.0, None), round(10.0, None)]);
-        let ratio = ours.rate_against(&theirs, 0).unwrap();
+        let ratio = ours.rate_against(&theirs, 0, Made::rate).unwrap();
         assert_eq!((ratio.least, ratio.most), (0.5, 0.5));
+        let ratio = ours.rate_against(&theirs, 0, Made::rate_of_work).unwrap();
+        assert_eq!((ratio.least, ratio.most), (1.0, 1.0));
         assert_eq!(ours.cpu().unwrap().median, 0.5);
     }
 
@@ -339,7 +347,7 @@ mod tests {
         let lacks = measured(vec![round(1.0, Some(60.0)), round(1.0, None)]);
         assert_eq!(lacks.kernel_ns(), None);
         assert_eq!(lacks.told(), None);
-        assert_eq!(lacks.rate_against(&measured(vec![]), 0), None);
-        assert_eq!(lacks.rate(1), None);
+        assert_eq!(lacks.rate_against(&measured(vec![]), 0, Made::rate), None);
+        assert_eq!(lacks.rate(1, Made::rate), None);
     }
 }

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, anyhow};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketFlags, SocketType, ipproto, sockopt};
 use rustix::thread::{CpuSet, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::ground;
@@ -68,11 +69,18 @@ pub struct Made {
     pub connections: u64,
     pub transitions: u64,
     pub seconds: f64,
+    /// Of processors, taken by the threads that made them, and by the kernel for them.
+    pub worked: f64,
 }
 
 impl Made {
     pub fn rate(self) -> f64 {
         self.connections as f64 / self.seconds
+    }
+
+    /// Connections for each second of work: what it takes a thread, however often it has to wait for its processor.
+    pub fn rate_of_work(self) -> f64 {
+        self.connections as f64 / self.worked
     }
 }
 
@@ -189,6 +197,7 @@ impl Loads {
                 all.connections += made.connections;
                 all.transitions += made.transitions;
                 all.seconds = all.seconds.max(made.seconds);
+                all.worked += made.worked;
             }
             Ok(all)
         })
@@ -216,7 +225,7 @@ impl Loads {
         sched_setaffinity(None, &cpu).context("can't pin a thread")?;
         let [four, six] = &self.listeners[number];
         let share = load.rate.map(|rate| rate as f64 / load.threads as f64);
-        let begun = Instant::now();
+        let (begun, before) = (Instant::now(), worked()?);
         let mut connections = 0;
         while begun.elapsed() < time {
             for _ in 0..BATCH {
@@ -247,8 +256,15 @@ impl Loads {
             connections,
             transitions: connections * load.close.transitions(),
             seconds: begun.elapsed().as_secs_f64(),
+            worked: (worked()? - before).as_secs_f64(),
         })
     }
+}
+
+/// By this thread.
+fn worked() -> Result<Duration> {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::try_from(time).context("a thread's time is negative")
 }
 
 fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 
@@ -50,8 +50,7 @@ pub fn measure(place: &Place) -> Result<Growth> {
 type Steps = Vec<(u64, Memory)>;
 
 fn grow(daemon: &Process) -> Result<(Memory, Steps, Steps)> {
-    thread::sleep(GIVEN_BACK);
-    let idle = daemon.memory()?;
+    let idle = least(daemon)?;
     let mut held = Held::default();
     let (mut steps, mut settled) = (Vec::new(), Vec::new());
     for sockets in (STEP..=MOST).step_by(STEP as usize) {
@@ -59,9 +58,22 @@ fn grow(daemon: &Process) -> Result<(Memory, Steps, Steps)> {
         thread::sleep(TOLD);
         steps.push((held.sockets(), daemon.memory()?));
         if SETTLED.contains(&sockets) {
-            thread::sleep(GIVEN_BACK);
-            settled.push((held.sockets(), daemon.memory()?));
+            settled.push((held.sockets(), least(daemon)?));
         }
     }
     Ok((idle, steps, settled))
+}
+
+/// What it has when what is free has gone back, and no dump is just being read.
+fn least(daemon: &Process) -> Result<Memory> {
+    let over = Instant::now() + GIVEN_BACK;
+    let mut least = daemon.memory()?;
+    while Instant::now() < over {
+        thread::sleep(TOLD);
+        let now = daemon.memory()?;
+        if now.anonymous < least.anonymous {
+            least = now;
+        }
+    }
+    Ok(least)
 }

@@ -3,6 +3,7 @@
 
 use crate::bars::{Verdict, bars};
 use crate::figures::{Absent, Crowd, Growth, Results, Spread, Told, quantile};
+use crate::load::Made;
 use crate::process::Memory;
 use crate::tools::Tool;
 use crate::words::{Table, grouped, or_dash};
@@ -105,6 +106,7 @@ fn bars_table(results: &Results) -> String {
         let met = match bar.verdict {
             Verdict::Met => "yes".to_owned(),
             Verdict::NotMet => "**no**".to_owned(),
+            Verdict::Said => "said".to_owned(),
             Verdict::Unknown(why) => format!("not told: {why}"),
         };
         table.row([bar.what.to_owned(), bar.bar.to_owned(), bar.measured, met]);
@@ -113,6 +115,16 @@ fn bars_table(results: &Results) -> String {
 }
 
 fn rates(results: &Results) -> String {
+    format!(
+        "\n## Connections a second\n\nBy the clock: what a tool takes from a host, its own work on the processors included.\n\n{}\n\
+         For each second of processor time that the load itself took, with all that the kernel does in its calls: what a tool \
+         makes these calls dearer, whatever else the machine does.\n\n{}",
+        rate_table(results, Made::rate, "a second"),
+        rate_table(results, Made::rate_of_work, "a second of work"),
+    )
+}
+
+fn rate_table(results: &Results, rate: fn(Made) -> f64, unit: &str) -> String {
     let loads: Vec<&str> = results.loads.iter().map(String::as_str).collect();
     let mut table = Table::new(&[&["against untraced"][..], &loads].concat());
     let Some(untraced) = results.tool(Tool::Untraced) else {
@@ -122,19 +134,19 @@ fn rates(results: &Results) -> String {
         let cell = |load| match measured.tool {
             Tool::Untraced => or_dash(
                 measured
-                    .rate(load)
-                    .map(|rate| format!("{} a second", grouped(rate.median as u64))),
+                    .rate(load, rate)
+                    .map(|rate| format!("{} {unit}", grouped(rate.median as u64))),
             ),
             _ => or_dash(
                 measured
-                    .rate_against(untraced, load)
+                    .rate_against(untraced, load, rate)
                     .map(|ratio| format!("{ratio:.3}")),
             ),
         };
         let cells = (0..loads.len()).map(cell);
         table.row(std::iter::once(measured.tool.name().to_owned()).chain(cells));
     }
-    format!("\n## Connections a second\n\n{}", table.text())
+    table.text()
 }
 
 fn costs(results: &Results) -> String {
@@ -255,7 +267,7 @@ fn memory(growth: &Growth) -> String {
         );
     }
     format!(
-        "\n## The daemon's memory\n\nTwelve seconds after the sockets were opened: what is free goes back within ten. The ring is mapped, \
+        "\n## The daemon's memory\n\nThe least within twelve seconds after the sockets were opened: what is free goes back within ten. The ring is mapped, \
          and counts as shared or as of a file. The most anonymous memory that was seen, by looking each 3 ms, was {} MB.\n\n{}",
         megabytes(growth.peak),
         table.text()
