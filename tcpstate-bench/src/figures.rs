@@ -31,6 +31,7 @@ pub struct Results {
     pub starts: Vec<Start>,
     pub pipe: Option<Pipe>,
     pub page: Option<Page>,
+    pub replays: Vec<Replay>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -159,6 +160,15 @@ pub struct Page {
     pub cpu_at_once: Vec<f64>,
 }
 
+/// A synthetic stream through decoding, table and statistics, on one core, as the replay's own program measures it.
+#[derive(Serialize, Deserialize)]
+pub struct Replay {
+    /// Sockets that are open at a time.
+    pub open: u64,
+    /// Millions of transitions a second.
+    pub rate: Spread,
+}
+
 impl Results {
     pub fn tool(&self, tool: Tool) -> Option<&Measured> {
         self.tools.iter().find(|it| it.tool == tool)
@@ -211,8 +221,9 @@ impl Measured {
         })
     }
 
-    pub fn anonymous(&self) -> Option<Spread> {
-        self.each(|round| Some(round.memory?.anonymous as f64))
+    /// In megabytes.
+    pub fn memory(&self, of: impl Fn(Memory) -> u64) -> Option<Spread> {
+        self.each(|round| Some(of(round.memory?) as f64 / 1e6))
     }
 
     /// Over all rounds.
@@ -228,7 +239,7 @@ impl Measured {
 }
 
 /// A median, with the least and the most.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Spread {
     pub median: f64,
     pub least: f64,

@@ -3,13 +3,12 @@
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::thread;
 
 use anyhow::{Context, Result, bail};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::{CpuSet, UnshareFlags, sched_getaffinity, unshare_unsafe};
 
 use crate::figures::Machine;
 
@@ -101,8 +100,12 @@ pub fn descriptors() -> u64 {
     limit.current.unwrap_or(ENOUGH)
 }
 
-pub fn processors() -> usize {
-    thread::available_parallelism().map_or(1, usize::from)
+/// Those that this process may use.
+pub fn processors() -> Result<Vec<usize>> {
+    let may = sched_getaffinity(None).context("can't tell the processors")?;
+    Ok((0..CpuSet::MAX_CPU)
+        .filter(|&cpu| may.is_set(cpu))
+        .collect())
 }
 
 pub fn load() -> Option<f64> {
@@ -111,16 +114,16 @@ pub fn load() -> Option<f64> {
 }
 
 /// Without the load at the end, which is not yet known.
-pub fn machine() -> Machine {
+pub fn machine() -> Result<Machine> {
     let read = |path: &str| Some(fs::read_to_string(path).ok()?.trim().to_owned());
     let cpus = read("/proc/cpuinfo").unwrap_or_default();
     let of_cpu = |name: &str| {
         let line = cpus.lines().find(|line| line.starts_with(name))?;
         Some(line.split_once(':')?.1.trim().to_owned())
     };
-    Machine {
+    Ok(Machine {
         kernel: read("/proc/sys/kernel/osrelease"),
-        processors: processors(),
+        processors: processors()?.len(),
         model: of_cpu("model name"),
         hypervisor: of_cpu("flags").map(|flags| flags.split(' ').any(|it| it == "hypervisor")),
         clocksource: read("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
@@ -128,5 +131,5 @@ pub fn machine() -> Machine {
         spectre_v2: read("/sys/devices/system/cpu/vulnerabilities/spectre_v2"),
         load_before: load(),
         load_after: None,
-    }
+    })
 }

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use crate::figures::{Replay, Spread};
 use crate::load::Loads;
 
 /// Of lines that tell one transition each.
@@ -126,6 +127,29 @@ pub fn counted_by_histogram(text: &str) -> Option<u64> {
     counts.sum()
 }
 
+/// What the replay of a stream prints: `1000 open: 9.87 (8.10 to 10.20) million transitions/s`, among other lines.
+pub fn replays(text: &str) -> Vec<Replay> {
+    let rate = |rate: &str| {
+        let (median, rest) = rate
+            .strip_suffix(") million transitions/s")?
+            .split_once(" (")?;
+        let (least, most) = rest.split_once(" to ")?;
+        Some(Spread {
+            median: median.parse().ok()?,
+            least: least.parse().ok()?,
+            most: most.parse().ok()?,
+        })
+    };
+    let read = |line: &str| {
+        let (open, said) = line.split_once(" open: ")?;
+        Some(Replay {
+            open: open.parse().ok()?,
+            rate: rate(said)?,
+        })
+    };
+    text.lines().filter_map(read).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,6 +198,20 @@ mod tests {
         );
         assert_eq!(said_lost("Lost 3 events\nother\nLost 4 events\n"), 7);
         assert_eq!(said_lost("lost in thought\n"), 0);
+    }
+
+    #[test]
+    fn replays_are_read_beside_their_calibration() {
+        let text = "calibration: 300.00 (290.00 to 310.00) million steps/s\n\
+                    1000 open: 9.87 (8.10 to 10.20) million transitions/s\n\
+                    100000 open: 4.00 (3.00 to 5.00) million transitions/s\n";
+        let read = replays(text);
+        assert_eq!(
+            read.iter().map(|it| it.open).collect::<Vec<_>>(),
+            [1000, 100_000]
+        );
+        let rate = read[0].rate;
+        assert_eq!((rate.median, rate.least, rate.most), (9.87, 8.1, 10.2));
     }
 
     #[test]

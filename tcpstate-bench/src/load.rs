@@ -163,26 +163,31 @@ impl Listener {
 
 /// The listeners of all loads. They stay, so that their ports tell which lines are of a load.
 pub struct Loads {
-    /// One of each family for each thread.
-    listeners: Vec<[Listener; 2]>,
+    /// For each thread its processor, and a listener of each family.
+    threads: Vec<(usize, [Listener; 2])>,
 }
 
 impl Loads {
     pub fn new() -> Result<Self> {
-        let pair = |_| {
-            Ok([
-                Listener::new(Ipv4Addr::LOCALHOST.into())?,
-                Listener::new(Ipv6Addr::LOCALHOST.into())?,
-            ])
+        let thread = |cpu| {
+            let four = Listener::new(Ipv4Addr::LOCALHOST.into())?;
+            let six = Listener::new(Ipv6Addr::LOCALHOST.into())?;
+            Ok((cpu, [four, six]))
         };
-        let listeners = (0..ground::processors()).map(pair);
+        // The last processors first: interrupts mostly go to the first.
+        let processors = ground::processors()?.into_iter().rev();
         Ok(Self {
-            listeners: listeners.collect::<Result<_>>()?,
+            threads: processors.map(thread).collect::<Result<_>>()?,
         })
     }
 
+    /// As many as there are processors.
+    pub fn most_threads(&self) -> usize {
+        self.threads.len()
+    }
+
     pub fn has(&self, port: u16) -> bool {
-        let mut all = self.listeners.iter().flatten();
+        let mut all = self.threads.iter().flat_map(|(_, listeners)| listeners);
         all.any(|listener| listener.address.port() == port)
     }
 
@@ -219,11 +224,10 @@ impl Loads {
         time: Duration,
         mut closing: Option<Closing<'_>>,
     ) -> Result<Made> {
-        // The last processors first: interrupts mostly go to the first.
+        let (processor, [four, six]) = &self.threads[number];
         let mut cpu = CpuSet::new();
-        cpu.set(self.listeners.len() - 1 - number);
+        cpu.set(*processor);
         sched_setaffinity(None, &cpu).context("can't pin a thread")?;
-        let [four, six] = &self.listeners[number];
         let share = load.rate.map(|rate| rate as f64 / load.threads as f64);
         let (begun, before) = (Instant::now(), worked()?);
         let mut connections = 0;

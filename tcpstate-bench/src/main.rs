@@ -32,10 +32,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
-use figures::{Machine, Results};
+use figures::{Machine, Replay, Results};
 use load::Loads;
 use tools::{Place, Tool};
 
@@ -53,6 +53,9 @@ enum Command {
         /// After one that does not count
         #[arg(long, default_value_t = 9)]
         rounds: usize,
+        /// A program that replays a stream through the product's table, and prints how quickly
+        #[arg(long)]
+        replay: Option<PathBuf>,
         /// Seconds of the stream into a pipe
         #[arg(long, default_value_t = 10)]
         stream: u64,
@@ -70,8 +73,16 @@ fn main() -> ExitCode {
             product,
             output,
             rounds,
+            replay,
             stream,
-        } => run(product, &output, rounds, Duration::from_secs(stream)),
+        } => {
+            let wanted = Wanted {
+                rounds,
+                replay,
+                stream: Duration::from_secs(stream),
+            };
+            run(product, &output, &wanted)
+        }
         Command::Page { folder } => write_page(&folder),
         Command::Hold => held::hold(),
     };
@@ -84,10 +95,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(product: PathBuf, output: &Path, rounds: usize, stream: Duration) -> Result<()> {
+struct Wanted {
+    rounds: usize,
+    replay: Option<PathBuf>,
+    stream: Duration,
+}
+
+fn run(product: PathBuf, output: &Path, wanted: &Wanted) -> Result<()> {
     fs::create_dir_all(output)?;
     // Another network namespace does not show all of it.
-    let machine = ground::machine();
+    let machine = ground::machine()?;
     ground::enter()?;
     ground::descriptors();
     let place = Place {
@@ -95,7 +112,7 @@ fn run(product: PathBuf, output: &Path, rounds: usize, stream: Duration) -> Resu
         folder: tempfile::tempdir()?,
         loads: Loads::new()?,
     };
-    let results = measure(&place, machine, rounds, stream)?;
+    let results = measure(&place, machine, wanted)?;
     let json = serde_json::to_string(&results)?;
     fs::write(output.join("performance.json"), json + "\n")?;
     write_page(output)?;
@@ -103,13 +120,10 @@ fn run(product: PathBuf, output: &Path, rounds: usize, stream: Duration) -> Resu
     Ok(())
 }
 
-fn measure(
-    place: &Place,
-    mut machine: Machine,
-    rounds: usize,
-    stream: Duration,
-) -> Result<Results> {
-    let (load, _) = rounds::loads()[0];
+fn measure(place: &Place, mut machine: Machine, wanted: &Wanted) -> Result<Results> {
+    let rounds = wanted.rounds;
+    let loads = rounds::loads(place.loads.most_threads());
+    let (load, _) = loads[0];
     let lacks = lacks(place)?;
     let mut absent = Vec::new();
     let tools = rounds::measure(place, rounds, &mut absent)?;
@@ -129,8 +143,12 @@ fn measure(
         .map(|tool| stream::start(tool, place, &load, rounds).context(tool.name()))
         .collect();
     eprintln!("the stream, the page");
-    let pipe = stream::pipe(place, &load, stream)?;
+    let pipe = stream::pipe(place, &load, wanted.stream)?;
     let page = scrape::measure(place, rounds)?;
+    let replays = match &wanted.replay {
+        Some(program) => replays(program)?,
+        None => Vec::new(),
+    };
     machine.load_after = ground::load();
     Ok(Results {
         date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
@@ -138,7 +156,7 @@ fn measure(
         versions: tools::versions(&place.product),
         lacks,
         rounds,
-        loads: rounds::loads().map(|(load, _)| load.name.to_owned()).into(),
+        loads: loads.map(|(load, _)| load.name.to_owned()).into(),
         tools,
         absent,
         crowd: Some(crowd),
@@ -147,7 +165,22 @@ fn measure(
         starts: starts?,
         pipe: Some(pipe),
         page: Some(page),
+        replays,
     })
+}
+
+fn replays(program: &Path) -> Result<Vec<Replay>> {
+    eprintln!("the replay");
+    let output = std::process::Command::new(program).output();
+    let output = output.with_context(|| format!("can't start {}", program.display()))?;
+    let replays = lines::replays(&String::from_utf8(output.stdout)?);
+    ensure!(
+        output.status.success() && !replays.is_empty(),
+        "{} printed no replays, and ended with {}",
+        program.display(),
+        output.status
+    );
+    Ok(replays)
 }
 
 /// Which features of the kernel's the daemon does without.

@@ -37,7 +37,8 @@ scraped meanwhile.
 - **Delay** goes from the moment before the client closes to the moment in which the line that tells it was read from a pipe, at \
 1,000 connections a second.
 - tcpstate sees only that namespace (`--netns self`), so that it can be compared with the load exactly; all else is as by default. \
-The peers see the whole host: what others do there counts among what they told.
+The peers see the whole host: what others do there counts among what they told. What the kernel skipped is told of the whole \
+host too.
 - bpftrace's histogram: how long sockets were in the state that they leave, by state, kept in the kernel. `printf`: ports, states, pid \
 and name. The programs are in `tcpstate-bench/src/tools.rs`.
 ";
@@ -158,6 +159,7 @@ fn costs(results: &Results) -> String {
         "missing",
         "said to be lost",
         "anonymous memory after the load, MB",
+        "resident in all, MB",
     ]);
     let floor = results.tool(Tool::Floor);
     for measured in &results.tools {
@@ -175,10 +177,8 @@ fn costs(results: &Results) -> String {
             shown(measured.cpu(), 2),
             or_dash(told.map(missing)),
             or_dash(told.map(|told| grouped(told.said_lost))),
-            shown(
-                measured.anonymous().map(|spread| spread.map(|it| it / 1e6)),
-                1,
-            ),
+            shown(measured.memory(|memory| memory.anonymous), 1),
+            shown(measured.memory(|memory| memory.resident()), 1),
         ]);
     }
     format!("\n## What a transition costs\n\n{}", table.text())

@@ -35,6 +35,12 @@ pub struct Memory {
     pub shared: u64,
 }
 
+impl Memory {
+    pub const fn resident(self) -> u64 {
+        self.anonymous + self.file + self.shared
+    }
+}
+
 impl Process {
     pub fn start(command: &mut Command) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();

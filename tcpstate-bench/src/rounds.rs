@@ -7,7 +7,6 @@ use anyhow::Result;
 
 use crate::bpf::{Measuring, Runs};
 use crate::figures::{Absent, Measured, Round};
-use crate::ground;
 use crate::load::{Close, Load, Six};
 use crate::tools::{Place, Running, Tool};
 
@@ -15,7 +14,7 @@ use crate::tools::{Place, Running, Tool};
 const IN_KERNEL: Duration = Duration::from_millis(300);
 
 /// The loads, and for how long each runs. The bars are about the first.
-pub fn loads() -> [(Load, Duration); 3] {
+pub fn loads(processors: usize) -> [(Load, Duration); 3] {
     let alone = Load {
         name: "resets, IPv4, one thread",
         close: Close::Reset,
@@ -38,7 +37,7 @@ pub fn loads() -> [(Load, Duration); 3] {
             Load {
                 name: "resets, IPv4 and IPv6, a thread on each processor",
                 six: Six::Half,
-                threads: ground::processors(),
+                threads: processors,
                 ..alone
             },
             Duration::from_millis(400),
@@ -84,8 +83,9 @@ fn round(tool: Tool, place: &Place) -> Result<Round> {
     let mut running = Running::start(tool, place)?;
     let begun = running.process.as_ref().map(|it| it.cpu()).transpose()?;
     let mut made = Vec::new();
-    for (load, time) in loads() {
-        made.push((load.close, place.loads.run(&load, time)?));
+    let loads = loads(place.loads.most_threads());
+    for (load, time) in &loads {
+        made.push((load.close, place.loads.run(load, *time)?));
     }
     let (mut cpu, mut memory) = (None, None);
     if let Some((process, begun)) = running.process.as_mut().zip(begun) {
@@ -97,7 +97,7 @@ fn round(tool: Tool, place: &Place) -> Result<Round> {
     let programs = running.programs()?;
     let mut kernel_ns = None;
     if !programs.is_empty() {
-        let (load, _) = loads()[0];
+        let (load, _) = loads[0];
         let measuring = Measuring::begin()?;
         let before = Runs::of(&programs)?;
         let under = place.loads.run(&load, IN_KERNEL)?;

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use crate::figures::{
-    Absent, Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Results, Round,
-    Start, Told, percentiles,
+    Absent, Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Replay, Results,
+    Round, Spread, Start, Told, percentiles,
 };
 use crate::load::Made;
 use crate::process::Memory;
@@ -144,6 +144,16 @@ fn results() -> Results {
             cpu_alone: vec![0.008; 3],
             cpu_at_once: vec![0.016; 3],
         }),
+        replays: [(1_000, 11.0), (100_000, 9.5)]
+            .map(|(open, median)| Replay {
+                open,
+                rate: Spread {
+                    median,
+                    least: median - 1.0,
+                    most: median + 1.0,
+                },
+            })
+            .into(),
     }
 }
 
@@ -174,6 +184,7 @@ fn what_was_not_measured_is_no_figure() {
         starts: Vec::new(),
         pipe: None,
         page: None,
+        replays: Vec::new(),
         ..results()
     };
     let page = page::page(&nothing);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Seek as _};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -150,14 +150,6 @@ impl Place {
         Metrics::of(&http::get_unix(&self.socket(), "/metrics")?)
     }
 
-    fn output(&self) -> PathBuf {
-        self.folder.path().join("output")
-    }
-
-    fn errors(&self) -> PathBuf {
-        self.folder.path().join("errors")
-    }
-
     /// A daemon that has found what there was before it.
     pub fn daemon(&self) -> Result<Process> {
         let mut command = Tool::Daemon
@@ -165,7 +157,7 @@ impl Place {
             .context("the daemon's command")?;
         // From an earlier one.
         let _ = fs::remove_file(self.socket());
-        let mut daemon = Process::start(command.stderr(File::create(self.errors())?))?;
+        let mut daemon = Process::start(command.stderr(Stdio::null()))?;
         let over = Instant::now() + PATIENCE;
         while http::get_unix(&self.socket(), "/-/ready").is_err() {
             daemon.check()?;
@@ -187,6 +179,9 @@ pub struct Running<'a> {
     floor: Option<Floor>,
     /// What the daemon had counted before.
     counted: Option<Metrics>,
+    /// What it writes; files without a name, which go with us.
+    output: File,
+    errors: File,
 }
 
 impl<'a> Running<'a> {
@@ -197,6 +192,8 @@ impl<'a> Running<'a> {
             process: None,
             floor: None,
             counted: None,
+            output: tempfile::tempfile()?,
+            errors: tempfile::tempfile()?,
         };
         match tool {
             Tool::Untraced | Tool::UntracedAgain => {}
@@ -208,13 +205,13 @@ impl<'a> Running<'a> {
             Tool::Watch | Tool::Tcpstates | Tool::Histogram | Tool::Printf => {
                 let mut command = tool.command(place)?.context("it is a program")?;
                 command
-                    .stdout(File::create(place.output())?)
-                    .stderr(File::create(place.errors())?);
+                    .stdout(running.output.try_clone()?)
+                    .stderr(running.errors.try_clone()?);
                 let mut process = Process::start(&mut command)?;
-                wait_until_it_sees(&mut process).with_context(|| {
-                    let said = fs::read_to_string(place.errors()).unwrap_or_default();
-                    format!("it said {said:?}")
-                })?;
+                if let Err(error) = wait_until_it_sees(&mut process) {
+                    let said = running.said()?;
+                    return Err(error.context(format!("it said {said:?}")));
+                }
                 process.settle()?;
                 running.process = Some(process);
             }
@@ -233,45 +230,42 @@ impl<'a> Running<'a> {
 
     /// Ends it, and reads what it told of these loads; `None` of what tells nothing.
     pub fn finish(mut self, made: &[(Close, Made)]) -> Result<Option<Told>> {
-        let transitions = made.iter().map(|(_, made)| made.transitions).sum();
-        let metrics = match &self.counted {
+        let after = match &self.counted {
             Some(_) => Some(self.place.metrics()?),
             None => None,
         };
         if let Some(process) = self.process.take() {
             process.end()?;
         }
-        if let Some((before, after)) = self.counted.as_ref().zip(metrics) {
-            let grew = |name| after.sum(name) - before.sum(name);
-            let lost = grew("tcpstate_events_lost_total") as u64;
-            let counted = grew("tcpstate_kernel_transitions_total") as u64;
-            return Ok(Some(Told {
-                expected: transitions,
-                told: counted.saturating_sub(lost),
-                said_lost: lost,
-            }));
+        let made = made.iter().map(|(_, made)| made);
+        let transitions = made.clone().map(|made| made.transitions).sum();
+        if let Some((before, after)) = self.counted.as_ref().zip(after) {
+            return Ok(Some(told_by_daemon(transitions, before, &after)));
         }
         if self.tool == Tool::Histogram {
-            let text = fs::read_to_string(self.place.output())?;
+            // The first transition of either end has no state before it whose time could be told.
+            let connections: u64 = made.map(|made| made.connections).sum();
+            let text = text_of(&mut self.output)?;
             return Ok(Some(Told {
-                // The first transition of either end has no state before it whose time could be told.
-                expected: made
-                    .iter()
-                    .map(|(_, made)| made.transitions - 2 * made.connections)
-                    .sum(),
+                expected: transitions - 2 * connections,
                 told: lines::counted_by_histogram(&text).context("no histogram was printed")?,
-                said_lost: lines::said_lost(&text) + self.said_lost()?,
+                said_lost: lines::said_lost(&text) + lines::said_lost(&self.said()?),
             }));
         }
-        let Some(format) = self.tool.format() else {
-            return Ok(None);
-        };
+        match self.tool.format() {
+            Some(format) => self.told_by_lines(format, transitions).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn told_by_lines(&mut self, format: Format, expected: u64) -> Result<Told> {
         let mut told = Told {
-            expected: transitions,
+            expected,
             told: 0,
-            said_lost: self.said_lost()?,
+            said_lost: lines::said_lost(&self.said()?),
         };
-        let mut output = BufReader::new(File::open(self.place.output())?);
+        self.output.rewind()?;
+        let mut output = BufReader::new(&self.output);
         let mut line = Vec::new();
         while output.read_until(b'\n', &mut line)? > 0 {
             let text = String::from_utf8_lossy(&line);
@@ -281,11 +275,37 @@ impl<'a> Running<'a> {
             }
             line.clear();
         }
-        Ok(Some(told))
+        Ok(told)
     }
 
-    fn said_lost(&self) -> Result<u64> {
-        Ok(lines::said_lost(&fs::read_to_string(self.place.errors())?))
+    /// On standard error.
+    fn said(&mut self) -> Result<String> {
+        text_of(&mut self.errors)
+    }
+}
+
+/// The program that wrote it has ended, for it has the same place in the file.
+fn text_of(file: &mut File) -> Result<String> {
+    let mut text = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+fn told_by_daemon(expected: u64, before: &Metrics, after: &Metrics) -> Told {
+    let lost = |metrics: &Metrics, skipped: bool| {
+        let reasons = metrics.series("tcpstate_events_lost_total");
+        let of_them = reasons.filter(|(labels, _)| skipped || !labels.contains("recursion"));
+        of_them.map(|(_, count)| count).sum::<f64>()
+    };
+    let counted = "tcpstate_kernel_transitions_total";
+    let counted = after.sum(counted) - before.sum(counted);
+    // What the kernel skipped it did not count either.
+    let lost_of_counted = lost(after, false) - lost(before, false);
+    Told {
+        expected,
+        told: (counted - lost_of_counted) as u64,
+        said_lost: (lost(after, true) - lost(before, true)) as u64,
     }
 }
 
@@ -336,4 +356,23 @@ pub fn versions(product: &Path) -> Vec<(String, String)> {
         output.status.success().then(|| (name.to_owned(), line))
     });
     said.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_skipped_is_missing_once() {
+        let metrics = |counted: u64, full: u64, skipped: u64| {
+            let page = format!(
+                "tcpstate_kernel_transitions_total{{from=\"listen\",to=\"close\"}} {counted}\n\
+                 tcpstate_events_lost_total{{reason=\"ring_full\"}} {full}\n\
+                 tcpstate_events_lost_total{{reason=\"recursion\"}} {skipped}\n"
+            );
+            Metrics::of(&page).unwrap()
+        };
+        let told = told_by_daemon(100, &metrics(7, 1, 1), &metrics(105, 4, 3));
+        assert_eq!((told.expected, told.told, told.said_lost), (100, 95, 5));
+    }
 }
