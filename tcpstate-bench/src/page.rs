@@ -44,6 +44,11 @@ and name. The programs are in `tcpstate-bench/src/tools.rs`.
 ";
 
 pub fn page(results: &Results) -> String {
+    measured(results) + "\n" + include_str!("tried.md")
+}
+
+/// Without what was tried.
+pub fn measured(results: &Results) -> String {
     let mut page = HEAD.to_owned();
     page += &machine(results);
     page += &bars_table(results);
@@ -60,8 +65,6 @@ pub fn page(results: &Results) -> String {
             page += &format!("- {what}: {why}\n");
         }
     }
-    page += "\n";
-    page += include_str!("tried.md");
     page
 }
 

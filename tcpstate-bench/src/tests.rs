@@ -169,7 +169,7 @@ fn golden(name: &str, text: &str) {
 
 #[test]
 fn the_page_and_the_chart_of_a_run() {
-    golden("page", &page::page(&results()));
+    golden("page", &page::measured(&results()));
     golden("chart", &chart::chart(&results()));
 }
 

@@ -30,10 +30,8 @@ pub fn all(wanted: &Wanted) -> Result<()> {
     let bench = build::bench()?;
     let output = host::target().join("bench");
     let mut command = host::as_root("measuring loads eBPF");
-    let mut path = std::ffi::OsString::from("PATH=");
-    path.push(host::path_with_tools()?);
     command
-        .arg(path)
+        .arg(host::assignment("PATH", &host::path_with_tools()?))
         .arg(&bench)
         .arg("run")
         .arg("--product")
