@@ -165,8 +165,10 @@ pub struct Page {
 pub struct Replay {
     /// Sockets that are open at a time.
     pub open: u64,
-    /// Millions of transitions a second.
-    pub rate: Spread,
+    /// Millions of transitions a second: the median, the least and the most.
+    pub median: f64,
+    pub least: f64,
+    pub most: f64,
 }
 
 impl Results {
@@ -238,12 +240,13 @@ impl Measured {
     }
 }
 
-/// A median, with the least and the most.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+/// A median, with the quartiles: between them lies half of all. The least and the most of some rounds tell of the one in which
+/// somebody else needed the machine.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
     pub median: f64,
-    pub least: f64,
-    pub most: f64,
+    pub low: f64,
+    pub high: f64,
 }
 
 impl Spread {
@@ -253,16 +256,16 @@ impl Spread {
         sorted.sort_by(f64::total_cmp);
         Some(Self {
             median: quantile(&sorted, 0.5)?,
-            least: *sorted.first()?,
-            most: *sorted.last()?,
+            low: quantile(&sorted, 0.25)?,
+            high: quantile(&sorted, 0.75)?,
         })
     }
 
     pub fn map(self, of: impl Fn(f64) -> f64) -> Self {
         Self {
             median: of(self.median),
-            least: of(self.least),
-            most: of(self.most),
+            low: of(self.low),
+            high: of(self.high),
         }
     }
 }
@@ -274,7 +277,7 @@ impl fmt::Display for Spread {
         write!(
             f,
             "{:.digits$} ({:.digits$}–{:.digits$})",
-            self.median, self.least, self.most
+            self.median, self.low, self.high
         )
     }
 }
@@ -303,8 +306,8 @@ mod tests {
     #[test]
     fn medians_stand_between() {
         assert_eq!(Spread::of(&[]), None);
-        let spread = Spread::of(&[3.0, 1.0, 2.0]).unwrap();
-        assert_eq!((spread.median, spread.least, spread.most), (2.0, 1.0, 3.0));
+        let spread = Spread::of(&[3.0, 1.0, 2.0, 99.0, -9.0]).unwrap();
+        assert_eq!((spread.median, spread.low, spread.high), (2.0, 1.0, 3.0));
         assert_eq!(Spread::of(&[4.0, 1.0]).unwrap().median, 2.5);
         assert_eq!(format!("{spread:.1}"), "2.0 (1.0–3.0)");
     }
@@ -347,9 +350,9 @@ mod tests {
         let ours = measured(vec![round(2.0, None), round(20.0, None)]);
         let theirs = measured(vec![round(1.0, None), round(10.0, None)]);
         let ratio = ours.rate_against(&theirs, 0, Made::rate).unwrap();
-        assert_eq!((ratio.least, ratio.most), (0.5, 0.5));
+        assert_eq!((ratio.low, ratio.high), (0.5, 0.5));
         let ratio = ours.rate_against(&theirs, 0, Made::rate_of_work).unwrap();
-        assert_eq!((ratio.least, ratio.most), (1.0, 1.0));
+        assert_eq!((ratio.low, ratio.high), (1.0, 1.0));
         assert_eq!(ours.cpu().unwrap().median, 0.5);
     }
 

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::figures::{Replay, Spread};
+use crate::figures::Replay;
 use crate::load::Loads;
 
 /// Of lines that tell one transition each.
@@ -129,22 +129,17 @@ pub fn counted_by_histogram(text: &str) -> Option<u64> {
 
 /// What the replay of a stream prints: `1000 open: 9.87 (8.10 to 10.20) million transitions/s`, among other lines.
 pub fn replays(text: &str) -> Vec<Replay> {
-    let rate = |rate: &str| {
+    let read = |line: &str| {
+        let (open, rate) = line.split_once(" open: ")?;
         let (median, rest) = rate
             .strip_suffix(") million transitions/s")?
             .split_once(" (")?;
         let (least, most) = rest.split_once(" to ")?;
-        Some(Spread {
+        Some(Replay {
+            open: open.parse().ok()?,
             median: median.parse().ok()?,
             least: least.parse().ok()?,
             most: most.parse().ok()?,
-        })
-    };
-    let read = |line: &str| {
-        let (open, said) = line.split_once(" open: ")?;
-        Some(Replay {
-            open: open.parse().ok()?,
-            rate: rate(said)?,
         })
     };
     text.lines().filter_map(read).collect()
@@ -210,8 +205,8 @@ mod tests {
             read.iter().map(|it| it.open).collect::<Vec<_>>(),
             [1000, 100_000]
         );
-        let rate = read[0].rate;
-        assert_eq!((rate.median, rate.least, rate.most), (9.87, 8.1, 10.2));
+        let first = &read[0];
+        assert_eq!((first.median, first.least, first.most), (9.87, 8.1, 10.2));
     }
 
     #[test]

@@ -27,8 +27,8 @@ const HOW: &str = "
 goes, pinned to the last processor (or a thread on each). What is reset gives 6 transitions at its two ends, what both ends close \
 gives 10. The load counts what it made, and every tool's lines or counts are compared with that.
 - **Rounds.** In each round every tool once, alone, one after the other, beginning with another one each time; the first round does not \
-count. Ratios are of the same round, `untraced, again` shows what the machine itself is worth. Figures are medians, with the least \
-and the most in parentheses.
+count. Ratios are of the same round, `untraced, again` shows what the machine itself is worth. Figures are medians, with the quartiles \
+in parentheses: half of all rounds lie between them.
 - **Time in the kernel** is what the kernel's BPF statistics say, on only for an interval of their own, of all of a tool's programs, \
 divided by the transitions made. It holds what measuring adds, the same for all.
 - **Processor time** is user and system time of the tool's process, until it has caught up after the load. The daemon is not \

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::figures::{
     Absent, Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Replay, Results,
-    Round, Spread, Start, Told, percentiles,
+    Round, Start, Told, percentiles,
 };
 use crate::load::Made;
 use crate::process::Memory;
@@ -147,11 +147,9 @@ fn results() -> Results {
         replays: [(1_000, 11.0), (100_000, 9.5)]
             .map(|(open, median)| Replay {
                 open,
-                rate: Spread {
-                    median,
-                    least: median - 1.0,
-                    most: median + 1.0,
-                },
+                median,
+                least: median - 1.0,
+                most: median + 1.0,
             })
             .into(),
     }
