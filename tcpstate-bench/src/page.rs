@@ -33,7 +33,8 @@ in parentheses: half of all rounds lie between them.
 divided by the transitions made. It holds what measuring adds, the same for all.
 - **Processor time** is user and system time of the tool's process, until it has caught up after the load. The daemon is not \
 scraped meanwhile.
-- **Memory** is `RssAnon`, `RssFile` and `RssShmem` of `/proc/PID/status`.
+- **Memory** is `RssAnon`, `RssFile` and `RssShmem` of `/proc/PID/status`, which newer kernels count in batches: some 0.1 MB for \
+each processor may be missing.
 - **Delay** goes from the moment before the client closes to the moment in which the line that tells it was read from a pipe, at \
 1,000 connections a second.
 - tcpstate sees only that namespace (`--netns self`), so that it can be compared with the load exactly; all else is as by default. \

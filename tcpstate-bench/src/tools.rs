@@ -235,7 +235,11 @@ impl<'a> Running<'a> {
             None => None,
         };
         if let Some(process) = self.process.take() {
-            process.end()?;
+            match process.end() {
+                // A peer that is busy with what others do; what it has not told is missing.
+                Err(error) if self.tool.program().is_some() => eprintln!("{error:#}"),
+                ended => ended?,
+            }
         }
         let made = made.iter().map(|(_, made)| made);
         let transitions = made.clone().map(|made| made.transitions).sum();
