@@ -20,6 +20,17 @@ pub fn release() -> Result<PathBuf> {
     Ok(host::target().join("release").join(PRODUCT))
 }
 
+/// Builds what measures the product and its peers, and gives its path. By itself, so that the product is built with no
+/// features but its own.
+pub fn bench() -> Result<PathBuf> {
+    let package = "tcpstate-bench";
+    host::run(
+        "building the measurements",
+        host::cargo().args(["build", "--release", "--package", package]),
+    )?;
+    Ok(host::target().join("release").join(package))
+}
+
 /// Builds the product as one static file that also runs where there is no libc, and gives its path.
 pub fn static_release() -> Result<PathBuf> {
     host::run(

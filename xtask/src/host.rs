@@ -2,7 +2,7 @@
 //! What has to be installed is setup's business.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -83,6 +83,26 @@ pub fn shown(command: &Command) -> String {
 
 pub fn has(program: &str) -> bool {
     which::which(program).is_ok()
+}
+
+/// The beginning of a command that is to run as root, through sudo where it must: assignments follow, then the program.
+/// Without root and sudo the program fails, and says what it needs.
+pub fn as_root(why: &str) -> Command {
+    if is_root() || !has("sudo") {
+        return Command::new("env");
+    }
+    say(&format!("{why}: sudo runs it"));
+    let mut command = Command::new("sudo");
+    command.args(["--", "env"]);
+    command
+}
+
+/// For env, because sudo sets an environment of its own.
+pub fn assignment(name: &str, value: &OsStr) -> OsString {
+    let mut assignment = OsString::from(name);
+    assignment.push("=");
+    assignment.push(value);
+    assignment
 }
 
 pub fn is_root() -> bool {

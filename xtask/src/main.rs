@@ -40,8 +40,27 @@ enum Command {
         /// Run only the tests whose name contains this
         filter: Option<String>,
     },
-    /// Measure what snapshots and sweeps of 100,000 sockets cost on this machine
-    Bench,
+    /// Measure what tcpstate and its peers cost on this machine; takes some ten minutes
+    Bench {
+        /// Install the peers that Debian has: libbpf-tools, bpftrace, node_exporter
+        #[arg(long)]
+        peers: bool,
+        /// Write docs/performance.md, its figures and its chart
+        #[arg(long)]
+        write: bool,
+        /// Have the stream into a pipe last for the minute that its bar is about
+        #[arg(long)]
+        long: bool,
+        /// Rounds that count, after one that does not [default: 9]
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+        rounds: Option<u32>,
+        /// Measure nothing: write page and chart anew from the figures in docs/
+        #[arg(long, exclusive = true)]
+        page: bool,
+        /// Measure instead what snapshots and sweeps of 100,000 sockets cost
+        #[arg(long, exclusive = true)]
+        snapshots: bool,
+    },
     /// Try the readers of bytes from outside with malformed ones, one target after the other
     Fuzz {
         /// Only this one of fuzz/fuzz_targets
@@ -84,7 +103,22 @@ fn main() -> ExitCode {
         Command::Build => build::release().map(drop),
         Command::Run { args } => run::product(&args),
         Command::Test { filter } => test::all(filter.as_deref()),
-        Command::Bench => bench::all(),
+        Command::Bench { page: true, .. } => bench::page(),
+        Command::Bench {
+            snapshots: true, ..
+        } => bench::snapshots(),
+        Command::Bench {
+            peers,
+            write,
+            long,
+            rounds,
+            ..
+        } => bench::all(&bench::Wanted {
+            peers,
+            write,
+            long,
+            rounds,
+        }),
         Command::Fuzz {
             target,
             runs,

@@ -1,5 +1,5 @@
-//! Installs what the other commands need, from rustup, crates.io and Debian; quick when everything is there. Cargo tools
-//! and Prometheus go to target/tools; only what can't be had that way is installed by apt.
+//! Installs what the other commands need, from rustup, crates.io and Debian; quick when everything is there. Cargo tools,
+//! Prometheus and its node exporter go to target/tools; only what can't be had that way is installed by apt.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -46,7 +46,18 @@ pub fn for_check() -> Result<()> {
 
 pub fn for_test() -> Result<()> {
     for_build()?;
-    prometheus()
+    unpacked("prometheus", &["prometheus", "promtool"])
+}
+
+/// Whom the product is measured beside.
+pub fn for_peers() -> Result<()> {
+    programs(&[
+        ("tcpstates", "libbpf-tools"),
+        ("bpftrace", "bpftrace"),
+        ("ss", "iproute2"),
+    ])?;
+    let exporter = "prometheus-node-exporter";
+    unpacked(exporter, &[exporter])
 }
 
 pub fn for_vm() -> Result<()> {
@@ -126,10 +137,9 @@ fn cargo_tool((name, version): (&str, &str)) -> Result<()> {
     )
 }
 
-/// The test that has the daemon scraped uses Debian's Prometheus. It is unpacked rather than installed: that needs no root
-/// and starts no service.
-fn prometheus() -> Result<()> {
-    const PROGRAMS: [&str; 2] = ["prometheus", "promtool"];
+/// Programs of Debian's that are there as services, unpacked into target/tools rather than installed: that needs no root
+/// and starts none.
+fn unpacked(package: &str, programs: &[&str]) -> Result<()> {
     let bin = host::tools().join("bin");
     let there = |program: &&str| {
         Command::new(bin.join(program))
@@ -137,26 +147,22 @@ fn prometheus() -> Result<()> {
             .output()
             .is_ok()
     };
-    if PROGRAMS.iter().all(there) {
+    if programs.iter().all(there) {
         return Ok(());
     }
-    host::say("unpacking Debian's prometheus into target/tools");
-    let unpacked = host::tools().join("prometheus");
+    host::say(&format!("unpacking Debian's {package} into target/tools"));
+    let unpacked = host::tools().join(package);
     let index = Index::of_this_release()?;
-    let package = index.download("prometheus", &host::tools())?;
-    host::output(
-        Command::new("dpkg-deb")
-            .arg("-x")
-            .arg(&package)
-            .arg(&unpacked),
-    )?;
-    fs::remove_file(&package)?;
-    for program in PROGRAMS {
+    let file = index.download(package, &host::tools())?;
+    host::output(Command::new("dpkg-deb").arg("-x").arg(&file).arg(&unpacked))?;
+    fs::remove_file(&file)?;
+    fs::create_dir_all(&bin).with_context(|| format!("can't make {}", bin.display()))?;
+    for program in programs {
         let link = bin.join(program);
         // Left over from a run that was cut short.
         let _ = fs::remove_file(&link);
-        symlink(Path::new("../prometheus/usr/bin").join(program), &link)
-            .with_context(|| format!("can't link {}", link.display()))?;
+        let target = Path::new("..").join(package).join("usr/bin").join(program);
+        symlink(target, &link).with_context(|| format!("can't link {}", link.display()))?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: all tests, run one program after the other, and their count. How a test's output is read stands in
 //! libtest; the tests on other kernels are vm's.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -63,34 +63,18 @@ pub fn program(
             .env("PATH", path);
         return Ok(command);
     }
-    // Through env, because sudo sets an environment of its own.
-    let mut command = if !host::is_root() && host::has("sudo") {
-        host::say("the live tests load eBPF: sudo runs them");
-        let mut command = Command::new("sudo");
-        command.args(["--", "env"]);
-        command
-    } else {
-        // Not root and no sudo: they fail, and say what they need.
-        Command::new("env")
-    };
+    let mut command = host::as_root("the live tests load eBPF");
     command
-        .arg(assignment("PATH", &path))
-        .arg(assignment("TCPSTATE_BIN", product.as_os_str()))
+        .arg(host::assignment("PATH", &path))
+        .arg(host::assignment("TCPSTATE_BIN", product.as_os_str()))
         .args(
             variables
                 .iter()
-                .map(|(name, value)| assignment(name, value)),
+                .map(|(name, value)| host::assignment(name, value)),
         )
         .arg(&binary.path)
         .args(LIVE_ARGUMENTS);
     Ok(command)
-}
-
-fn assignment(name: &str, value: &OsStr) -> OsString {
-    let mut assignment = OsString::from(name);
-    assignment.push("=");
-    assignment.push(value);
-    assignment
 }
 
 /// Runs a command that does one test, and fails where that did not pass, or there is none.

@@ -248,7 +248,7 @@ impl Host {
             event.comm = comm(process);
         }
         more(&mut event);
-        self.push(event.as_bytes());
+        self.push(event.encode(&mut [0; SetState::LONGEST]));
         self.stream.transitions += 1;
         Socket {
             state: to,

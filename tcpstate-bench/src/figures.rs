@@ -1,0 +1,367 @@
+//! What was measured: each figure of each round, as it is kept in the JSON file, and what is said of several.
+//!
+//! Pure. What could not be measured is absent, never 0.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::load::Made;
+use crate::process::Memory;
+use crate::tools::Tool;
+
+/// A whole run.
+#[derive(Serialize, Deserialize)]
+pub struct Results {
+    /// Of the day on which it was measured.
+    pub date: String,
+    pub machine: Machine,
+    /// The product's, and its peers', as they say themselves.
+    pub versions: Vec<(String, String)>,
+    /// Of the kernel's features those that the product lacks here, in its own words.
+    pub lacks: Vec<String>,
+    pub rounds: usize,
+    pub loads: Vec<String>,
+    pub tools: Vec<Measured>,
+    /// Of tools and parts: what was not measured, and why.
+    pub absent: Vec<Absent>,
+    pub crowd: Option<Crowd>,
+    pub memory: Option<Growth>,
+    pub delays: Vec<Delay>,
+    pub starts: Vec<Start>,
+    pub pipe: Option<Pipe>,
+    pub page: Option<Page>,
+    pub replays: Vec<Replay>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Machine {
+    pub kernel: Option<String>,
+    pub processors: usize,
+    pub model: Option<String>,
+    pub hypervisor: Option<bool>,
+    pub clocksource: Option<String>,
+    pub jit: Option<String>,
+    pub spectre_v2: Option<String>,
+    pub load_before: Option<f64>,
+    pub load_after: Option<f64>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Absent {
+    pub what: String,
+    pub why: String,
+}
+
+/// One tool in all rounds.
+#[derive(Serialize, Deserialize)]
+pub struct Measured {
+    pub tool: Tool,
+    pub rounds: Vec<Round>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Round {
+    /// In the order of [`Results::loads`].
+    pub made: Vec<Made>,
+    /// User and system time of its process, for these loads.
+    pub cpu_seconds: Option<f64>,
+    /// In its eBPF programs, for each transition.
+    pub kernel_ns: Option<f64>,
+    pub told: Option<Told>,
+    /// After the loads.
+    pub memory: Option<Memory>,
+}
+
+/// Whether a tool told of all that happened.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Told {
+    /// What it should tell of, by what the load made.
+    pub expected: u64,
+    pub told: u64,
+    /// What it says itself that it lost.
+    pub said_lost: u64,
+}
+
+/// Beside so many sockets.
+#[derive(Serialize, Deserialize)]
+pub struct Crowd {
+    pub sockets: u64,
+    pub pollers: Vec<Poller>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Poller {
+    pub name: String,
+    pub rounds: Vec<Poll>,
+}
+
+#[derive(Serialize, Deserialize)]
+pub struct Poll {
+    pub made: Made,
+    /// Of a processor, for each second.
+    pub cpu: Option<f64>,
+    /// How long each look took, in seconds.
+    pub looks: Vec<f64>,
+}
+
+/// A daemon's memory while sockets become more.
+#[derive(Serialize, Deserialize)]
+pub struct Growth {
+    pub idle: Memory,
+    /// By number of sockets, right after they were opened.
+    pub steps: Vec<(u64, Memory)>,
+    /// By number of sockets, when what is free had gone back.
+    pub settled: Vec<(u64, Memory)>,
+    /// The most anonymous memory that was ever seen.
+    pub peak: u64,
+}
+
+/// From a transition to its line at a reader.
+#[derive(Serialize, Deserialize)]
+pub struct Delay {
+    pub tool: Tool,
+    pub connections: u64,
+    /// Connections whose line came.
+    pub told: u64,
+    /// At each percent of these, from the quickest to the slowest, in seconds.
+    pub percentiles: Vec<f64>,
+}
+
+/// From the program's start to the first line of an event.
+#[derive(Serialize, Deserialize)]
+pub struct Start {
+    pub name: String,
+    pub seconds: Vec<f64>,
+}
+
+/// A stream into a pipe whose reader counts and discards.
+#[derive(Serialize, Deserialize)]
+pub struct Pipe {
+    pub wanted: u64,
+    pub made: Made,
+    pub lines: u64,
+    pub lost: u64,
+    pub bytes: u64,
+}
+
+/// The metrics page at the cap of names.
+#[derive(Serialize, Deserialize)]
+pub struct Page {
+    pub names: u64,
+    pub lines: u64,
+    pub bytes: u64,
+    pub alone: Vec<f64>,
+    /// The slowest of so many at once.
+    pub at_once: u64,
+    pub slowest: Vec<f64>,
+    /// User and system time of the daemon for one page alone, and for all of those at once.
+    pub cpu_alone: Vec<f64>,
+    pub cpu_at_once: Vec<f64>,
+}
+
+/// A synthetic stream through decoding, table and statistics, on one core, as the replay's own program measures it.
+#[derive(Serialize, Deserialize)]
+pub struct Replay {
+    /// Sockets that are open at a time.
+    pub open: u64,
+    /// Millions of transitions a second: the median, the least and the most.
+    pub median: f64,
+    pub least: f64,
+    pub most: f64,
+}
+
+impl Results {
+    pub fn tool(&self, tool: Tool) -> Option<&Measured> {
+        self.tools.iter().find(|it| it.tool == tool)
+    }
+}
+
+impl Measured {
+    /// Of each round.
+    fn each(&self, of: impl Fn(&Round) -> Option<f64>) -> Option<Spread> {
+        let all: Option<Vec<f64>> = self.rounds.iter().map(of).collect();
+        Spread::of(&all?)
+    }
+
+    /// Against the other tool's in the same round. `rate`: of what a load made.
+    pub fn rate_against(
+        &self,
+        other: &Self,
+        load: usize,
+        rate: impl Fn(Made) -> f64,
+    ) -> Option<Spread> {
+        let both = self.rounds.iter().zip(&other.rounds);
+        let ratio = |(ours, theirs): (&Round, &Round)| {
+            Some(rate(*ours.made.get(load)?) / rate(*theirs.made.get(load)?))
+        };
+        let all: Option<Vec<f64>> = both.map(ratio).collect();
+        Spread::of(&all?)
+    }
+
+    pub fn rate(&self, load: usize, rate: impl Fn(Made) -> f64) -> Option<Spread> {
+        self.each(|round| Some(rate(*round.made.get(load)?)))
+    }
+
+    pub fn kernel_ns(&self) -> Option<Spread> {
+        self.each(|round| round.kernel_ns)
+    }
+
+    pub fn kernel_against(&self, other: &Self) -> Option<Spread> {
+        let both = self.rounds.iter().zip(&other.rounds);
+        let all: Option<Vec<f64>> = both
+            .map(|(ours, theirs)| Some(ours.kernel_ns? / theirs.kernel_ns?))
+            .collect();
+        Spread::of(&all?)
+    }
+
+    /// Seconds for a million transitions.
+    pub fn cpu(&self) -> Option<Spread> {
+        self.each(|round| {
+            let transitions: u64 = round.made.iter().map(|made| made.transitions).sum();
+            Some(round.cpu_seconds? / transitions as f64 * 1e6)
+        })
+    }
+
+    /// In megabytes.
+    pub fn memory(&self, of: impl Fn(Memory) -> u64) -> Option<Spread> {
+        self.each(|round| Some(of(round.memory?) as f64 / 1e6))
+    }
+
+    /// Over all rounds.
+    pub fn told(&self) -> Option<Told> {
+        let all: Option<Vec<Told>> = self.rounds.iter().map(|round| round.told).collect();
+        let all = all?;
+        Some(Told {
+            expected: all.iter().map(|told| told.expected).sum(),
+            told: all.iter().map(|told| told.told).sum(),
+            said_lost: all.iter().map(|told| told.said_lost).sum(),
+        })
+    }
+}
+
+/// A median, with the quartiles: between them lies half of all. The least and the most of some rounds tell of the one in which
+/// somebody else needed the machine.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    pub median: f64,
+    pub low: f64,
+    pub high: f64,
+}
+
+impl Spread {
+    /// `None` of nothing.
+    pub fn of(values: &[f64]) -> Option<Self> {
+        let mut sorted = values.to_vec();
+        sorted.sort_by(f64::total_cmp);
+        Some(Self {
+            median: quantile(&sorted, 0.5)?,
+            low: quantile(&sorted, 0.25)?,
+            high: quantile(&sorted, 0.75)?,
+        })
+    }
+
+    pub fn map(self, of: impl Fn(f64) -> f64) -> Self {
+        Self {
+            median: of(self.median),
+            low: of(self.low),
+            high: of(self.high),
+        }
+    }
+}
+
+/// With as many decimals as the format says.
+impl fmt::Display for Spread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = f.precision().unwrap_or(2);
+        write!(
+            f,
+            "{:.digits$} ({:.digits$}–{:.digits$})",
+            self.median, self.low, self.high
+        )
+    }
+}
+
+/// Of sorted values, between two of them if need be; `None` of nothing.
+pub fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
+    let last = sorted.len().checked_sub(1)?;
+    let place = share * last as f64;
+    let (below, above) = (place.floor() as usize, place.ceil() as usize);
+    Some(sorted[below] + (sorted[above] - sorted[below]) * (place - place.floor()))
+}
+
+/// From the least to the most, at each percent; nothing of nothing.
+pub fn percentiles(mut values: Vec<f64>) -> Vec<f64> {
+    values.sort_by(f64::total_cmp);
+    let shares = (0..=100).map(|percent| f64::from(percent) / 100.0);
+    shares
+        .filter_map(|share| quantile(&values, share))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn medians_stand_between() {
+        assert_eq!(Spread::of(&[]), None);
+        let spread = Spread::of(&[3.0, 1.0, 2.0, 99.0, -9.0]).unwrap();
+        assert_eq!((spread.median, spread.low, spread.high), (2.0, 1.0, 3.0));
+        assert_eq!(Spread::of(&[4.0, 1.0]).unwrap().median, 2.5);
+        assert_eq!(format!("{spread:.1}"), "2.0 (1.0–3.0)");
+    }
+
+    #[test]
+    fn quantiles_of_few_are_among_them() {
+        assert_eq!(quantile(&[], 0.5), None);
+        assert_eq!(quantile(&[7.0], 0.99), Some(7.0));
+        let hundred: Vec<f64> = (0..=100).map(f64::from).collect();
+        assert_eq!(quantile(&hundred, 0.99), Some(99.0));
+        assert_eq!(percentiles(vec![2.0, 1.0])[100], 2.0);
+        assert!(percentiles(Vec::new()).is_empty());
+    }
+
+    fn round(seconds: f64, kernel_ns: Option<f64>) -> Round {
+        Round {
+            made: vec![Made {
+                connections: 1000,
+                transitions: 6000,
+                seconds,
+                worked: 0.5,
+            }],
+            cpu_seconds: Some(0.003),
+            kernel_ns,
+            told: None,
+            memory: None,
+        }
+    }
+
+    fn measured(rounds: Vec<Round>) -> Measured {
+        Measured {
+            tool: Tool::Floor,
+            rounds,
+        }
+    }
+
+    /// A machine that is slow for a while is so for both.
+    #[test]
+    fn ratios_are_of_the_same_round() {
+        let ours = measured(vec![round(2.0, None), round(20.0, None)]);
+        let theirs = measured(vec![round(1.0, None), round(10.0, None)]);
+        let ratio = ours.rate_against(&theirs, 0, Made::rate).unwrap();
+        assert_eq!((ratio.low, ratio.high), (0.5, 0.5));
+        let ratio = ours.rate_against(&theirs, 0, Made::rate_of_work).unwrap();
+        assert_eq!((ratio.low, ratio.high), (1.0, 1.0));
+        assert_eq!(ours.cpu().unwrap().median, 0.5);
+    }
+
+    #[test]
+    fn a_figure_that_a_round_lacks_is_absent() {
+        let lacks = measured(vec![round(1.0, Some(60.0)), round(1.0, None)]);
+        assert_eq!(lacks.kernel_ns(), None);
+        assert_eq!(lacks.told(), None);
+        assert_eq!(lacks.rate_against(&measured(vec![]), 0, Made::rate), None);
+        assert_eq!(lacks.rate(1, Made::rate), None);
+    }
+}
