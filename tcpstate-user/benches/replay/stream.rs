@@ -126,7 +126,7 @@ impl Host {
     fn moved(&mut self, socket: Socket) -> Option<Socket> {
         let choice = self.below(32);
         let read = |shutdown| move |event: &mut SetState| event.shutdown = shutdown;
-        let fails = |errno: i32| move |event: &mut SetState| event.sk_err = errno as u16;
+        let fails = |errno: i32| move |event: &mut SetState| event.sk_err = errno;
         Some(match socket.state {
             TcpState::SYN_SENT if choice == 0 => {
                 self.set(socket, TcpState::CLOSE, 0, fails(libc::ECONNREFUSED));
