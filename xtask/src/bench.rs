@@ -28,6 +28,7 @@ pub fn all(wanted: &Wanted) -> Result<()> {
     }
     let product = build::release()?;
     let bench = build::bench()?;
+    let replay = build::replay()?;
     let output = host::target().join("bench");
     let mut command = host::as_root("measuring loads eBPF");
     command
@@ -37,7 +38,9 @@ pub fn all(wanted: &Wanted) -> Result<()> {
         .arg("--product")
         .arg(&product)
         .arg("--output")
-        .arg(&output);
+        .arg(&output)
+        .arg("--replay")
+        .arg(&replay);
     if let Some(rounds) = wanted.rounds {
         command.args(["--rounds", &rounds.to_string()]);
     }

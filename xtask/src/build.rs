@@ -83,17 +83,20 @@ pub fn tests(what: &str, arguments: &[&str]) -> Result<Vec<TestBinary>> {
 
 /// Builds the replay of a fixed stream as one static file, and gives its path: this machine's libc is no part of it.
 pub fn static_replay() -> Result<PathBuf> {
-    let built = artifacts(
+    replay_for(
         "building a static replay",
-        &[
-            "build",
-            "--release",
-            "--package=tcpstate-user",
-            "--bench=replay",
-            "--target",
-            setup::MUSL,
-        ],
-    )?;
+        &["--release", "--target", setup::MUSL],
+    )
+}
+
+/// Builds the replay as the product that is measured is built.
+pub fn replay() -> Result<PathBuf> {
+    replay_for("building the replay", &["--release"])
+}
+
+fn replay_for(what: &str, how: &[&str]) -> Result<PathBuf> {
+    let bench = ["build", "--package=tcpstate-user", "--bench=replay"];
+    let built = artifacts(what, &[&bench, how].concat())?;
     let replay = built
         .into_iter()
         .find(|artifact| artifact.target.kind.contains(&TargetKind::Bench));
