@@ -205,6 +205,8 @@ struct State {
     /// What is being made or merged.
     dump: Option<Dump>,
     dumped_ns: u64,
+    /// When the last full one began.
+    tried_ns: u64,
     next_full_ns: u64,
     /// One is being made or taken in.
     sweeping: bool,
@@ -278,6 +280,7 @@ impl State {
             work: VecDeque::new(),
             dump: None,
             dumped_ns: 0,
+            tried_ns: 0,
             next_full_ns: 0,
             sweeping: false,
             undated: false,
@@ -461,8 +464,8 @@ impl State {
             );
         }
         self.incomplete = incomplete;
-        if self.table.wants_dump() {
-            let due_ns = self.dumped_ns.saturating_add(REFILL_NS);
+        if self.table.wants_dump() && self.dump != Some(Dump::Full) {
+            let due_ns = self.tried_ns.saturating_add(REFILL_NS);
             self.next_full_ns = self.next_full_ns.min(due_ns);
         }
     }

@@ -62,7 +62,7 @@ impl Table {
             if event.remote_port != 0 {
                 return self.child(event, event, &mut sink);
             }
-            if !self.has_room(event.time_ns) {
+            if !self.has_room(netns(event), event.time_ns) {
                 return Err(Refused::Full);
             }
             self.children.insert(event.sk, *event);
@@ -121,14 +121,14 @@ impl Table {
             .accepted_early(self.event_key(second), first.time_ns);
         let (accepted_ns, accepted) = accepted.unzip();
         socket.owned = accepted.or_else(|| self.listener_of(first, &socket));
-        let before = self.take_request(&socket).as_ref().map(Place::of);
         let ends = self.tuple(&socket);
+        let before = self.take_request(ends, socket.cookie);
         if let Some(closed) = &mut self.closed {
             closed.mini(ends, first.time_ns);
         }
         self.vacate(second, first.time_ns, sink);
         self.reused(ends, first.time_ns, sink);
-        if !self.has_room(first.time_ns) {
+        if !self.has_room(socket.netns(), first.time_ns) {
             return Err(Refused::Full);
         }
         sink(&child_change(
@@ -150,14 +150,15 @@ impl Table {
         Ok(())
     }
 
-    /// The half-open request that became the child, and gave it its cookie.
-    fn take_request(&mut self, child: &Socket) -> Option<Socket> {
-        let key = self.mini_of(TcpState::NEW_SYN_RECV, self.tuple(child), child.cookie)?;
+    /// Takes out the half-open request that became the child with these ends, and gave it its cookie; where it was counted.
+    fn take_request(&mut self, ends: Tuple, cookie: Option<NonZero<u64>>) -> Option<Place> {
+        let key = self.mini_of(TcpState::NEW_SYN_RECV, ends, cookie)?;
         let request = self.mini.get(key)?;
         if request.socket.state != TcpState::NEW_SYN_RECV {
             return None;
         }
-        self.mini.remove(key).map(|request| request.socket)
+        let request = self.mini.remove(key)?;
+        Some(Place::of(&request.socket))
     }
 
     /// Who listens for the socket that `first` is the first event of.
@@ -243,12 +244,19 @@ impl Table {
         if dwell == Dwell::Unknown(Discard::Mismatch) {
             self.corrections.count(Correction::Event);
         }
-        if from == TcpState::SYN_SENT
+        // The first event of a child, which told of it else, was lost or refused.
+        let lone = new && from == TcpState::SYN_RECV;
+        let mut before = before;
+        if (lone || from == TcpState::SYN_SENT)
             && to != TcpState::CLOSE
             && let Some(full) = self.full.at(place)
         {
             // Its port is known now.
-            self.reused(self.tuple(&full.socket), event.time_ns, sink);
+            let (ends, cookie) = (self.tuple(&full.socket), full.socket.cookie);
+            if lone {
+                before = self.take_request(ends, cookie);
+            }
+            self.reused(ends, event.time_ns, sink);
         }
         if to == TcpState::CLOSE && from != to {
             if let Some(full) = self.full.remove_at(place) {
@@ -291,15 +299,16 @@ impl Table {
             return Ok(());
         }
         let (_, local, remote) = ends(event);
-        let netns = (event.netns != 0).then_some(event.netns);
+        let netns = netns(event);
         let ends = self.identity.tuple(netns, local, remote);
-        if event.from() == TcpState::SYN_SENT && event.to() != TcpState::CLOSE {
+        let opens = [TcpState::SYN_SENT, TcpState::SYN_RECV].contains(&event.from());
+        if opens && event.to() != TcpState::CLOSE {
             self.reused(ends, event.time_ns, sink);
         }
         if event.to() == TcpState::CLOSE {
             self.note_close(event, ends);
         }
-        match self.has_room(event.time_ns) {
+        match self.has_room(netns, event.time_ns) {
             true => Ok(()),
             false => Err(Refused::Full),
         }
@@ -398,7 +407,7 @@ impl Table {
         if event.from() == TcpState::CLOSE {
             full.begun_ns = event.time_ns;
         } else {
-            self.corrections.count(Correction::Event);
+            self.correct_lack(Correction::Event);
         }
         self.full.insert(key, full)
     }
@@ -547,6 +556,11 @@ pub(super) fn ends(event: &SetState) -> (Family, Endpoint, Endpoint) {
             endpoint(remote, event.remote_port)
         },
     )
+}
+
+/// Inode; none where the kernel side can't read it.
+fn netns(event: &SetState) -> Option<u32> {
+    (event.netns != 0).then_some(event.netns)
 }
 
 /// Without BTF the kernel side knows the name of a thread, not of its process: then it gives none.

@@ -136,13 +136,18 @@ impl Table {
     }
 
     fn merge_ends(&mut self, merge: &mut Merge) {
-        // Of one that was refused shortly before, the dump may have read what it was until then.
-        if merge.is_of_all()
-            && self
-                .refused_ns
-                .is_some_and(|refused_ns| merge.was_there(refused_ns))
+        // Of one that was refused shortly before, the dump may have read what it was until then. One of a namespace that
+        // could not be read may be there still.
+        if let Some(lacking) = &self.refused
+            && merge.is_of_all()
+            && merge.was_there(lacking.newest_ns)
+            && merge
+                .snapshot
+                .unreachable
+                .iter()
+                .all(|it| it.netns.is_none_or(|netns| !lacking.netns.contains(&netns)))
         {
-            self.refused_ns = None;
+            self.refused = None;
         }
         let left = &mut merge.merged.unlisted;
         if merge.snapshot.whole_host && merge.snapshot.states == StateMask::ALL {

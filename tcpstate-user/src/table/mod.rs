@@ -155,8 +155,8 @@ pub struct Table {
     owners: Owners,
     /// As many sockets as it may hold.
     most: usize,
-    /// When it last had no room for one; `None` where it lacks none.
-    refused_ns: Option<u64>,
+    /// What it had no room for; `None` where it lacks none.
+    refused: Option<Lacking>,
     generations: Generations,
     /// Namespaces that a dump has covered: one that is not found any more is gone, and forgotten with its sockets.
     listed: FxHashSet<u32>,
@@ -169,6 +169,15 @@ pub struct Table {
     /// Stays that began no later than this may have lost events.
     lost_until_ns: u64,
     corrections: Corrections,
+}
+
+/// Sockets that there was no room for.
+#[derive(Debug, Default)]
+struct Lacking {
+    /// When the last of them came.
+    newest_ns: u64,
+    /// Where they are, as far as that is known.
+    netns: FxHashSet<u32>,
 }
 
 #[derive(Debug, Default)]
@@ -197,7 +206,7 @@ impl Table {
     pub fn holding(identity: Identity, most: usize) -> Self {
         Self {
             most,
-            refused_ns: None,
+            refused: None,
             identity,
             full: FullSockets::new(identity),
             mini: Minis::new(identity),
@@ -239,7 +248,7 @@ impl Table {
     /// of those that it holds is right, but they are not all.
     #[must_use]
     pub const fn is_incomplete(&self) -> bool {
-        self.refused_ns.is_some()
+        self.refused.is_some()
     }
 
     /// It lacks some, and has room again for a part of what it may hold: a dump may complete it.
@@ -248,13 +257,22 @@ impl Table {
         self.is_incomplete() && self.len() < self.most - self.most / 16
     }
 
-    /// Whether there is room for one more, which came at `time_ns`.
-    fn has_room(&mut self, time_ns: u64) -> bool {
+    /// Whether there is room for one more, of that namespace, which came at `time_ns`.
+    fn has_room(&mut self, netns: Option<u32>, time_ns: u64) -> bool {
         let room = self.len() < self.most;
         if !room {
-            self.refused_ns = self.refused_ns.max(Some(time_ns));
+            let lacking = self.refused.get_or_insert_default();
+            lacking.newest_ns = lacking.newest_ns.max(time_ns);
+            lacking.netns.extend(netns);
         }
         room
+    }
+
+    /// The table lacked a socket. That is no fault where it may be one that there was no room for.
+    fn correct_lack(&mut self, correction: Correction) {
+        if !self.is_incomplete() {
+            self.corrections.count(correction);
+        }
     }
 
     /// Whether a dump has covered this network namespace.

@@ -20,25 +20,29 @@ pub struct Owned {
 pub(super) struct Shared {
     /// The last of each name and container.
     known: FxHashMap<(u32, u64, OwnerSource), Arc<Owned>>,
-    /// So many, and those that nobody has any more are forgotten.
+    /// More than so many, and those that nobody has any more are forgotten.
     most: usize,
 }
 
 impl Shared {
     pub(super) fn share(&mut self, owned: Owned) -> Arc<Owned> {
-        const FEW: usize = 64;
         let Owner { process, source } = owned.owner;
         let key = (process.pid, process.start_ns, source);
         if let Some(known) = self.known.get(&key).filter(|known| ***known == owned) {
             return Arc::clone(known);
         }
-        if self.known.len() >= self.most {
-            self.known.retain(|_, known| Arc::strong_count(known) > 1);
-            self.most = FEW + 2 * self.known.len();
-        }
         let shared = Arc::new(owned);
         self.known.insert(key, Arc::clone(&shared));
         shared
+    }
+
+    fn forget(&mut self) {
+        const FEW: usize = 64;
+        if self.known.len() > self.most {
+            self.known.retain(|_, known| Arc::strong_count(known) > 1);
+            self.most = FEW + 2 * self.known.len();
+            self.known.shrink_to(self.most);
+        }
     }
 
     /// The owner of a listener as that of a connection, until it is accepted.
@@ -68,6 +72,7 @@ pub(super) struct Owners {
 impl Owners {
     pub(super) fn flush(&mut self, before_ns: u64) {
         self.early.retain(|_, (time_ns, _)| *time_ns >= before_ns);
+        self.shared.forget();
     }
 
     /// When a connection that is new to the table was accepted, and by whom. An accept before `since_ns` was of another

@@ -228,10 +228,10 @@ impl Table {
         dumped: Option<Dumped>,
         sink: &mut impl FnMut(&Change<'_>),
     ) {
-        if !self.has_room(record.read_ns.1) {
+        if !self.has_room(Some(record.netns), record.read_ns.1) {
             return;
         }
-        self.corrections.count(Correction::Found);
+        self.correct_lack(Correction::Found);
         sink(&found_change(record, &socket));
         let stay = Stay {
             since_ns: record.read_ns.1,
@@ -320,7 +320,7 @@ impl Table {
                 return Some(self.move_mini(mini, record, sink));
             }
         }
-        if !self.has_room(record.read_ns.1) {
+        if !self.has_room(Some(record.netns), record.read_ns.1) {
             return None;
         }
         let free = cookie(record).filter(|its| !self.full.contains(its.get()));

@@ -76,7 +76,10 @@ fn a_daemon_without_descriptors_goes_on() {
         let received = after.sum(received) - before.sum(received);
         println!("{connections} connections; gauges right {right_after:?} after it answered");
         assert!(received + skipped >= (6 * connections) as f64);
-        for reason in ["\"ring_full\"", "\"decode\""] {
+        let counted = "tcpstate_kernel_transitions_total";
+        let counted = after.sum(counted) - before.sum(counted);
+        assert!(counted + skipped >= (6 * connections) as f64);
+        for reason in ["\"ring_full\"", "\"decode\"", "\"table_full\""] {
             assert_eq!(lost(&after, reason), 0.0, "{reason}");
         }
     });
@@ -87,17 +90,18 @@ fn a_daemon_without_descriptors_goes_on() {
 fn what_is_lost_without_descriptors_is_repaired_when_there_are_some() {
     in_namespace(|_| {
         let daemon = Daemon::start(&["--ring-size", "4096", "--reconcile-interval", "1h"]);
-        let silent = take_all_descriptors(&daemon);
-        storm(Duration::from_secs(3));
-        drop(silent);
-        until("it answers", || daemon.get("/-/ready").0 == 200);
-        let metrics = daemon.metrics();
-        let lost = with(&metrics, "tcpstate_events_lost_total", "\"ring_full\"");
-        assert!(lost > 0.0, "a ring of a page held all");
-        assert!(
-            metrics.get("tcpstate_reconcile_failures_total") > 0.0,
-            "a dump was made without descriptors"
-        );
+        let failed = (0..5).any(|_| {
+            let silent = take_all_descriptors(&daemon);
+            storm(Duration::from_secs(3));
+            drop(silent);
+            until("it answers", || daemon.get("/-/ready").0 == 200);
+            let metrics = daemon.metrics();
+            let lost = with(&metrics, "tcpstate_events_lost_total", "\"ring_full\"");
+            assert!(lost > 0.0, "a ring of a page held all");
+            // Descriptors that the daemon itself had free a dump may have taken back before a connection did.
+            metrics.get("tcpstate_reconcile_failures_total") > 0.0
+        });
+        assert!(failed, "each dump was made without descriptors");
         until_right(&daemon);
     });
 }

@@ -3,7 +3,7 @@
 //! the other. Who asks, and reads, is not dropped: not before what it sent was looked at, and not while its answer goes out.
 
 use std::collections::BTreeMap;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -12,7 +12,7 @@ use std::time::Duration;
 use axum::body::{Body, Bytes};
 use http_body::{Frame, SizeHint};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 /// A connection that did nothing for so long can give way, whatever it is about. Who waits for a place may wait as long.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -96,14 +96,17 @@ impl Places {
 
     /// A place for a new connection; waits while requests are answered on all others.
     pub(super) async fn take(self: &Arc<Self>) -> Arc<Place> {
-        let free = || Arc::clone(&self.free).acquire_owned();
-        let permit = match Arc::clone(&self.free).try_acquire_owned() {
-            Ok(permit) => Ok(permit),
-            Err(_) => tokio::select! {
+        // In one queue all the time: another address' listener may get the place that was made for this one.
+        let mut free = pin!(Arc::clone(&self.free).acquire_owned());
+        let permit = loop {
+            tokio::select! {
                 biased;
-                permit = free() => permit,
-                () = self.make_room() => free().await,
-            },
+                permit = &mut free => break permit,
+                () = self.make_room() => {}
+            }
+            if let Ok(permit) = timeout(PATIENCE, &mut free).await {
+                break permit;
+            }
         };
         Arc::new(Place {
             places: Arc::clone(self),

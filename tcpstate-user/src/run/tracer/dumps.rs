@@ -34,6 +34,9 @@ const MINI_AGE_NS: u64 = SECOND_NS;
 /// Between two sweeps lie at least as many times the time that one took.
 const SWEEP_PAUSE: u64 = 50;
 
+/// The same after a full dump that failed.
+const DUMP_PAUSE: u64 = 10;
+
 /// What events don't follow to its end: half-open requests, and timewait sockets. Those also where fentry programs do: the
 /// kernel begins what it then has no room for (`tcp_max_tw_buckets`, memory), and only a dump shows that.
 const MINI_STATES: StateMask = StateMask::of(&[
@@ -123,6 +126,7 @@ impl State {
             return;
         };
         if dump == Dump::Full {
+            self.tried_ns = now_ns;
             self.next_full_ns = now_ns.saturating_add(self.reconcile_interval_ns);
         }
         let (netns, first) = (self.netns, !self.is_ready());
@@ -327,6 +331,11 @@ impl State {
             self.ready.store(true, Ordering::Release);
         }
         for listing in self.lists.swept(self.table.len()) {
+            if self.table.is_incomplete() {
+                // So it would be at its end.
+                listing.finish(true);
+                continue;
+            }
             let work = Work::List(Box::new(listing), Walk::default());
             self.work.push_back(work);
         }
@@ -334,11 +343,14 @@ impl State {
 
     fn dump_failed(&mut self, dump: Dump, reason: &str, now_ns: u64) {
         self.table.snapshot_failed();
-        self.lists.dump_failed(reason);
         self.health.reconcile_failures += 1;
         if dump == Dump::Full {
-            // Without the first one there are no gauges, and after a loss they stay wrong until there is one.
-            self.next_full_ns = self.next_full_ns.min(now_ns + SECOND_NS);
+            self.lists.dump_failed(reason);
+            // Without the first one there are no gauges, and after a loss they stay wrong until there is one. One that
+            // takes long is tried less often.
+            let took_ns = now_ns.saturating_sub(self.tried_ns);
+            let pause_ns = SECOND_NS.max(took_ns.saturating_mul(DUMP_PAUSE));
+            self.next_full_ns = self.next_full_ns.min(now_ns.saturating_add(pause_ns));
         }
         // Once for each reason: it may come with every scrape.
         if self.dump_failure != reason {

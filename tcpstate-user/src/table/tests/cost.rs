@@ -131,7 +131,9 @@ fn memory_now(field: &str) -> u64 {
 }
 
 /// What each socket takes of memory, with all by which it is found. To be run alone, in a process that had none.
-fn memory(identity: Identity) {
+///
+/// `owned`: each by a process of its own.
+fn memory(identity: Identity, owned: bool) {
     const MOST: u64 = 1_000_000;
     const STEP: u64 = 1000;
     let before = memory_now("RssAnon");
@@ -144,6 +146,10 @@ fn memory(identity: Identity) {
             event.sk = 0xffff_8880_0000_0000 + number * 0x940;
             event.local_port = (number % 60_000) as u16;
             event.remote_addr[12..].copy_from_slice(&(number as u32 / 60_000).to_be_bytes());
+            if owned {
+                event.flags |= FLAG_TASK;
+                (event.tgid, event.start_ns) = (number as u32, number);
+            }
         });
         table.apply(&event, None, |_| {}).expect("a cookie");
         table.len() as u64
@@ -183,11 +189,17 @@ fn memory(identity: Identity) {
 #[test]
 #[ignore = "measures"]
 fn memory_of_1_000_000_sockets_with_cookies() {
-    memory(Identity::Cookie);
+    memory(Identity::Cookie, false);
 }
 
 #[test]
 #[ignore = "measures"]
 fn memory_of_1_000_000_sockets_with_addresses() {
-    memory(Identity::Address);
+    memory(Identity::Address, false);
+}
+
+#[test]
+#[ignore = "measures"]
+fn memory_of_1_000_000_sockets_with_owners() {
+    memory(Identity::Cookie, true);
 }

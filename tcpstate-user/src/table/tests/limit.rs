@@ -152,6 +152,69 @@ fn rounds() -> impl Strategy<Value = Vec<(Vec<Step>, Vec<Step>)>> {
     prop::collection::vec((steps(20), steps(4)), 1..8)
 }
 
+#[test]
+fn what_a_dump_had_no_room_for_is_no_correction() {
+    let mut watched = Watched::holding(Identity::Cookie, 1);
+    let both = [1, 2].map(|it| record(1000, it, ESTABLISHED));
+    watched.reconcile(&dump(1000, 1000, both.into()));
+    assert!(watched.table.is_incomplete());
+    watched.apply(&event(2000, 1, ESTABLISHED, CLOSE));
+    watched.apply(&event(2001, 2, ESTABLISHED, CLOSE_WAIT));
+    watched.apply(&event(2002, 2, CLOSE_WAIT, LAST_ACK));
+    watched.apply(&event(2003, 2, LAST_ACK, CLOSE));
+    watched.reconcile(&dump(3000, 3000, vec![record(3000, 3, ESTABLISHED)]));
+    assert!(!watched.table.is_incomplete());
+    assert_eq!(watched.table.corrections(), [0; 4]);
+}
+
+#[test]
+fn a_dump_that_could_not_look_there_does_not_complete_it() {
+    let mut watched = Watched::holding(Identity::Cookie, 1);
+    watched.apply(&event(1, 1, CLOSE, SYN_SENT));
+    let there = with(event(2, 2, CLOSE, SYN_SENT), |event| event.netns += 1);
+    assert_eq!(watched.tell(&there), Err(Refused::Full));
+    watched.apply(&event(3, 1, SYN_SENT, CLOSE));
+    for (netns, incomplete) in [(there.netns, true), (there.netns + 1, false)] {
+        let unreachable = Unreachable {
+            netns: Some(netns),
+            reason: String::new(),
+        };
+        watched.reconcile(&Snapshot {
+            unreachable: vec![unreachable],
+            ..dump(1000, 1000, Vec::new())
+        });
+        assert_eq!(watched.table.is_incomplete(), incomplete);
+    }
+}
+
+/// Up to 6.12 the child's first event has no remote end, and it is the second that tells what it takes the place of.
+#[test]
+fn a_refused_child_ends_the_timewait_socket_with_its_ends() {
+    let mut watched = Watched::holding(Identity::Cookie, 2);
+    let steps = [CLOSE, SYN_SENT, ESTABLISHED, FIN_WAIT1, FIN_WAIT2];
+    for (time, step) in (1..).zip(steps.windows(2)) {
+        watched.apply(&event(time, 1, step[0], step[1]));
+    }
+    let close = with(event(5, 1, FIN_WAIT2, CLOSE), |event| {
+        event.flags |= FLAG_DONE
+    });
+    watched.apply(&close);
+    watched.apply(&event(6, 2, CLOSE, SYN_SENT));
+    let child = |time, from, to| {
+        with(event(time, 9, from, to), |event| {
+            event.local_port = close.local_port;
+            event.remote_port = close.remote_port;
+        })
+    };
+    let first = with(child(7, LISTEN, SYN_RECV), |event| event.remote_port = 0);
+    assert_eq!(watched.tell(&first), Err(Refused::Full));
+    assert_eq!(watched.tell(&child(8, SYN_RECV, ESTABLISHED)), Ok(()));
+    assert_eq!(
+        watched.states(),
+        BTreeMap::from([(2, SYN_SENT), (9, ESTABLISHED)])
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
