@@ -33,6 +33,9 @@ pub struct Memory {
     pub file: u64,
     /// Shared, as with the kernel.
     pub shared: u64,
+    /// Of these the maps of eBPF programs: a ring, each page of which is mapped twice.
+    #[serde(default)]
+    pub ring: Option<u64>,
 }
 
 impl Memory {
@@ -102,6 +105,15 @@ impl Process {
     }
 
     pub fn memory(&self) -> Result<Memory> {
+        let mappings = fs::read_to_string(format!("/proc/{}/smaps", self.pid()));
+        Ok(Memory {
+            ring: mappings.ok().map(|mappings| ring_of(&mappings)),
+            ..self.memory_but_ring()?
+        })
+    }
+
+    /// Which is told without a look at each page, and so can be asked often.
+    pub fn memory_but_ring(&self) -> Result<Memory> {
         let path = format!("/proc/{}/status", self.pid());
         let status = fs::read_to_string(&path).with_context(|| format!("can't read {path}"))?;
         memory_of(&status).with_context(|| format!("{path} tells no memory"))
@@ -156,7 +168,28 @@ fn memory_of(status: &str) -> Option<Memory> {
         anonymous: bytes("RssAnon:")?,
         file: bytes("RssFile:")?,
         shared: bytes("RssShmem:")?,
+        ring: None,
     })
+}
+
+/// Resident of those mappings that are an eBPF map's.
+fn ring_of(smaps: &str) -> u64 {
+    let (mut is_map, mut kilobytes) = (false, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Rss:") if is_map => {
+                kilobytes += words
+                    .next()
+                    .and_then(|number| number.parse().ok())
+                    .unwrap_or(0);
+            }
+            Some(name) if name.ends_with(':') => {}
+            // Where a mapping begins.
+            _ => is_map = line.ends_with("anon_inode:bpf-map"),
+        }
+    }
+    kilobytes * 1024
 }
 
 /// Time that children of ours took which have ended and been waited for, in ticks of the kernel's: for programs that are
@@ -189,6 +222,14 @@ mod tests {
         assert_eq!(memory.shared, 100 * 1024);
         // A kernel thread has none.
         assert_eq!(memory_of("Name:\tkthreadd\n"), None);
+    }
+
+    #[test]
+    fn the_ring_is_told_apart() {
+        let smaps = "7f00-7f10 rw-s 00000000 00:0e 1046   anon_inode:bpf-map\nSize: 4 kB\nRss:  4 kB\nPss:  4 kB\n\
+                     7f10-7f20 r--s 00001000 00:0e 1046   anon_inode:bpf-map\nRss:  8196 kB\nVmFlags: rd sh\n\
+                     7f20-7f30 rw-p 00000000 00:00 0\nRss:   900 kB\n";
+        assert_eq!(ring_of(smaps), 8200 * 1024);
     }
 
     #[test]
