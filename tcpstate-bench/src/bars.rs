@@ -1,7 +1,8 @@
 //! The bars that tcpstate is held to, each with what was measured, and whether it is met.
 
-use crate::figures::{DOUBLED, Measured, Replay, Results, Spread, quantile};
+use crate::figures::{DOUBLED, Measured, Replay, Results};
 use crate::load::Made;
+use crate::spread::{Spread, quantile};
 use crate::tools::Tool;
 use crate::words::{grouped, or_dash};
 

@@ -105,14 +105,9 @@ fn poll(who: Who, place: &Place, load: &Load) -> Result<Poll> {
             }
             Who::Ss => {
                 let ss = ss.as_ref().map_err(|error| anyhow!("{error:#}"))?;
-                let status = Command::new(ss)
-                    .arg("-tanp")
-                    .stdin(Stdio::null())
-                    .stdout(File::create("/dev/null")?)
-                    .status()?;
-                if !status.success() {
-                    bail!("ss ended with {status}");
-                }
+                let mut ss = Command::new(ss);
+                ss.arg("-tanp").stdout(File::create("/dev/null")?);
+                Process::start(&mut ss)?.done()?;
             }
         }
         Ok(())

@@ -287,3 +287,27 @@ fn worked() -> Result<Duration> {
 fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {
     result.map_err(|_| anyhow!("a thread of the load failed"))?
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_ipv6_runs_the_other_loads() {
+        let four = Listener::new(Ipv4Addr::LOCALHOST.into()).unwrap();
+        let loads = Loads {
+            ports: vec![four.address.port()],
+            threads: vec![(0, four, None)],
+        };
+        let load = |six| Load {
+            name: "a load",
+            close: Close::Reset,
+            six,
+            threads: 1,
+            rate: None,
+        };
+        let can = [Six::None, Six::Half, Six::All].map(|six| loads.can(&load(six)));
+        assert_eq!(can, [true, false, false]);
+        assert!(loads.has(loads.ports[0]));
+    }
+}

@@ -4,7 +4,7 @@
 //! A crate of its own: it needs aya for the empty program that all are compared with, which xtask is to be built without, and
 //! a release build and tests of its own, which the live tests' program has not. It uses nothing of the product but its program.
 //! Arrows: main → what measures (rounds, crowd, memory, stream, scrape) → tools → bpf, process, load; and main → page, chart →
-//! bars → figures, which are pure.
+//! bars → figures → spread, which are pure.
 
 mod bars;
 mod bpf;
@@ -21,6 +21,7 @@ mod page;
 mod process;
 mod rounds;
 mod scrape;
+mod spread;
 mod stream;
 #[cfg(test)]
 mod tests;

@@ -2,9 +2,10 @@
 //! not pay, stands in `tried.md`.
 
 use crate::bars::{Verdict, bars};
-use crate::figures::{Absent, Crowd, Growth, Results, Spread, ToldInAll, quantile};
+use crate::figures::{Absent, Crowd, Growth, Results, ToldInAll};
 use crate::load::Made;
 use crate::process::Memory;
+use crate::spread::{Spread, quantile};
 use crate::tools::Tool;
 use crate::words::{Table, grouped, or_dash};
 

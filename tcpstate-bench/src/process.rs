@@ -7,8 +7,11 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, kill_process, pidfd_open, set_parent_process_death_signal,
+};
 use serde::{Deserialize, Serialize};
 
 /// Until a program that stands still counts as done: it may look for work only now and then.
@@ -133,6 +136,21 @@ impl Process {
         Ok(())
     }
 
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    /// It failed, or does not end; it is killed then.
+    pub fn done(mut self) -> Result<()> {
+        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?;
+        let patience = Timespec::try_from(PATIENCE)?;
+        if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience))? == 0 {
+            bail!("{} does not end in {} s", self.name, PATIENCE.as_secs());
+        }
+        let status = self.child.wait()?;
+        ensure!(status.success(), "{} ended with {status}", self.name);
+        Ok(())
+    }
+
     /// Asks it to end, as by Ctrl-C, and waits.
     ///
     /// # Errors
@@ -237,6 +255,13 @@ mod tests {
         let stat = "7 (a) b) c) S 1 7 7 0 -1 4194304 1 2 3 4 500 600 70 8 20 0 1 0 99 1 1\n";
         assert_eq!(ticks_of_children(stat), Some(78));
         assert_eq!(ticks_of_children("7 (a) S 1"), None);
+    }
+
+    #[test]
+    fn who_ends_by_itself_is_waited_for() {
+        let shell = |what: &str| Process::start(Command::new("sh").args(["-c", what])).unwrap();
+        shell("exit 0").done().unwrap();
+        assert!(shell("exit 3").done().is_err());
     }
 
     #[test]

@@ -10,9 +10,10 @@ use anyhow::{Context, Result, anyhow};
 use crate::figures::{BesideLoad, Page};
 use crate::held::Holder;
 use crate::http;
+use crate::lines::told_by_daemon;
 use crate::load::Load;
 use crate::process::Process;
-use crate::tools::{Place, told_by_daemon};
+use crate::tools::Place;
 
 /// More than the 100 that have places.
 const NAMES: u64 = 130;

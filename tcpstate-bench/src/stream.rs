@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::figures::{Delay, Pipe, Start, percentiles};
+use crate::figures::{Delay, Pipe, Start};
 use crate::lines::Format;
 use crate::load::{Close, Load, Loads, Six};
 use crate::process::Process;
+use crate::spread::percentiles;
 use crate::tools::{Place, Tool, wait_until_it_sees};
 
 /// Connections a second while delays are measured: enough that who fills a buffer before writing does so soon.

@@ -5,10 +5,11 @@ use std::path::Path;
 
 use crate::figures::{
     Absent, BesideLoad, Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Replay,
-    Results, Round, Start, Told, percentiles,
+    Results, Round, Start, Told,
 };
 use crate::load::Made;
 use crate::process::Memory;
+use crate::spread::percentiles;
 use crate::tools::Tool;
 use crate::{chart, page};
 
