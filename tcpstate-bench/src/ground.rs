@@ -30,7 +30,7 @@ pub fn network() -> Result<()> {
     loopback_up().context("can't set up loopback")?;
     // Both are of this namespace alone. Ports for connections a minute long, and no end of TIME_WAIT.
     for (name, value) in [
-        ("ip_local_port_range", "10000 65000"),
+        ("ip_local_port_range", "10000 64999"),
         ("tcp_max_tw_buckets", "5000"),
     ] {
         fs::write(format!("/proc/sys/net/ipv4/{name}"), value)

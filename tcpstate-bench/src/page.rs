@@ -31,7 +31,8 @@ that namespace, so that ports don't run out: most full closes make no TIME_WAIT.
 left over from the part before.
 - **Missing** is what the load made, less what was told of it. Lines are counted if they are of the load's ports, and not found by a \
 dump only. The daemon's count is of what reached it, not what its kernel side counted: its connections, as many of all transitions \
-as of the connections made, or, where no program tells more than transitions, its records, if these are fewer.
+as of the connections made, or, where no program tells more than transitions, its records, if these are fewer. What the kernel hides from every eBPF program ([principles.md](principles.md), known drift) is \
+missing too, and no tool can say so.
 - **Rounds.** In each round every tool once, alone, one after the other, in another order each time, so that each comes right after \
 each other about equally often; the first round does not count. Ratios are of the same round, `untraced, again` shows what the machine itself is worth. Figures are medians, with the quartiles \
 in parentheses: half of all rounds lie between them. The replay's are the least and the most.
