@@ -1,6 +1,6 @@
 //! What the kernel says of eBPF programs, and the floor: a program that does nothing, on the tracepoint that is measured.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
@@ -84,17 +84,13 @@ impl Measuring {
     }
 }
 
-/// What programs did while it was measured.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Runs {
-    pub time_ns: u64,
-    pub count: u64,
-}
+/// What programs did while it was measured: of each, by number, the time in ns, and how often it ran.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Runs(BTreeMap<u32, [u64; 2]>);
 
 impl Runs {
-    /// Of these programs together.
     pub fn of(programs: &BTreeSet<u32>) -> Result<Self> {
-        let mut sum = Self::default();
+        let mut runs = BTreeMap::new();
         for program in loaded_programs() {
             // One that is just being unloaded is not ours.
             let Ok(program) = program else { continue };
@@ -106,17 +102,28 @@ impl Runs {
             let info = fs::read_to_string(&path)?;
             let number =
                 |name| number_in(&info, name).with_context(|| format!("{path}: no {name}"));
-            sum.time_ns += number("run_time_ns")?;
-            sum.count += number("run_cnt")?;
+            runs.insert(program.id(), [number("run_time_ns")?, number("run_cnt")?]);
         }
-        Ok(sum)
+        Ok(Self(runs))
     }
 
-    pub const fn since(self, before: Self) -> Self {
-        Self {
-            time_ns: self.time_ns - before.time_ns,
-            count: self.count - before.count,
+    pub fn since(mut self, before: &Self) -> Self {
+        for (program, [time, count]) in &mut self.0 {
+            let [time_before, count_before] = before.0.get(program).copied().unwrap_or_default();
+            *time = time.saturating_sub(time_before);
+            *count = count.saturating_sub(count_before);
         }
+        self
+    }
+
+    /// Of all together.
+    pub fn time_ns(&self) -> u64 {
+        self.0.values().map(|[time, _]| time).sum()
+    }
+
+    /// Of the one that ran most often: it is that on the tracepoint.
+    pub fn most(&self) -> u64 {
+        self.0.values().map(|&[_, count]| count).max().unwrap_or(0)
     }
 }
 
@@ -147,6 +154,14 @@ mod tests {
 
     const PROGRAM: &str =
         "pos:\t0\nprog_type:\t26\nprog_id:\t77\nrun_time_ns:\t5900\nrun_cnt:\t100\n";
+
+    #[test]
+    fn runs_are_those_since_then() {
+        let before = Runs([(1, [100, 10])].into());
+        let runs = Runs([(1, [400, 40]), (2, [50, 3])].into()).since(&before);
+        assert_eq!((runs.time_ns(), runs.most()), (350, 30));
+        assert_eq!(Runs::default().most(), 0);
+    }
 
     #[test]
     fn figures_are_read_from_descriptors() {

@@ -1,4 +1,4 @@
-//! Who looks at all sockets each second, beside many of them: node_exporter, `ss`, and the daemon, which is scraped as often.
+//! Who looks at all sockets about each second, beside many of them: node_exporter, `ss`, and the daemon, which is scraped as often.
 
 use std::fs::File;
 use std::process::{Command, Stdio};
@@ -13,12 +13,14 @@ use crate::held::Held;
 use crate::http;
 use crate::load::Load;
 use crate::process::{Process, time_of_children};
+use crate::rounds::{gone, order};
 use crate::tools::{LISTEN, Place, program};
 
 const SOCKETS: u64 = 50_000;
-const EACH: Duration = Duration::from_secs(1);
-/// Long enough for three looks.
-const TIME: Duration = Duration::from_millis(2600);
+/// The daemon has the kernel list sockets for a scrape if its last list is a second old: so old it is at each look.
+const EACH: Duration = Duration::from_millis(1100);
+/// Looks in a round; the first comes in the middle of its time.
+const LOOKS: u32 = 3;
 const NODE_EXPORTER: (&str, &str) = ("prometheus-node-exporter", "prometheus-node-exporter");
 const NODE_LISTEN: &str = "127.0.0.1:9100";
 
@@ -36,9 +38,9 @@ impl Who {
     const fn name(self) -> &'static str {
         match self {
             Self::Nobody => "nobody",
-            Self::Daemon => "`tcpstate daemon`, scraped each second",
-            Self::NodeExporter => "node_exporter `tcpstat`, scraped each second",
-            Self::Ss => "`ss -tanp`, each second",
+            Self::Daemon => "`tcpstate daemon`, scraped each 1.1 s",
+            Self::NodeExporter => "node_exporter `tcpstat`, scraped each 1.1 s",
+            Self::Ss => "`ss -tanp`, each 1.1 s",
         }
     }
 }
@@ -52,31 +54,24 @@ pub fn measure(
 ) -> Result<Crowd> {
     let mut held = Held::default();
     held.grow_to(SOCKETS)?;
-    let mut pollers: Vec<(Who, Poller)> = Who::ALL
-        .map(|who| {
-            let poller = Poller {
-                name: who.name().to_owned(),
-                rounds: Vec::new(),
-            };
-            (who, poller)
-        })
-        .into();
+    let mut pollers = Who::ALL.map(|who| Poller {
+        name: who.name().to_owned(),
+        rounds: Vec::new(),
+    });
+    let mut without = Vec::new();
     for number in 0..=rounds {
         eprintln!("round {number} of {rounds}, beside {SOCKETS} sockets");
-        for who in Who::ALL.into_iter().cycle().skip(number).take(4) {
-            let Some(index) = pollers.iter().position(|(known, _)| *known == who) else {
+        for index in order(Who::ALL.len(), number) {
+            let (who, rounds) = (Who::ALL[index], &mut pollers[index].rounds);
+            if without.contains(&who) {
                 continue;
-            };
+            }
             match poll(who, place, load) {
                 Ok(_) if number == 0 => {}
-                Ok(poll) => pollers[index].1.rounds.push(poll),
+                Ok(poll) => rounds.push(poll),
                 Err(error) if matches!(who, Who::NodeExporter | Who::Ss) => {
-                    eprintln!("without {}: {error:#}", who.name());
-                    absent.push(Absent {
-                        what: who.name().to_owned(),
-                        why: format!("{error:#}"),
-                    });
-                    pollers.remove(index);
+                    absent.push(gone(who.name(), rounds.len(), &error));
+                    without.push(who);
                 }
                 Err(error) => return Err(error.context(who.name())),
             }
@@ -84,7 +79,10 @@ pub fn measure(
     }
     Ok(Crowd {
         sockets: held.sockets(),
-        pollers: pollers.into_iter().map(|(_, poller)| poller).collect(),
+        pollers: pollers
+            .into_iter()
+            .filter(|it| !it.rounds.is_empty())
+            .collect(),
     })
 }
 
@@ -107,20 +105,16 @@ fn poll(who: Who, place: &Place, load: &Load) -> Result<Poll> {
             }
             Who::Ss => {
                 let ss = ss.as_ref().map_err(|error| anyhow!("{error:#}"))?;
-                let status = Command::new(ss)
-                    .arg("-tanp")
-                    .stdin(Stdio::null())
-                    .stdout(File::create("/dev/null")?)
-                    .status()?;
-                if !status.success() {
-                    bail!("ss ended with {status}");
-                }
+                let mut ss = Command::new(ss);
+                ss.arg("-tanp").stdout(File::create("/dev/null")?);
+                Process::start(&mut ss)?.done()?;
             }
         }
         Ok(())
     };
     // What comes first may take longer.
     look()?;
+    thread::sleep(EACH / 2);
     let cpu = || match &process {
         Some(process) => process.cpu().map(Some),
         None if who == Who::Ss => Ok(Some(time_of_children()?)),
@@ -128,33 +122,40 @@ fn poll(who: Who, place: &Place, load: &Load) -> Result<Poll> {
     };
     let before = cpu()?;
     let over = AtomicBool::new(false);
+    let begun = Instant::now();
     let (made, looks) = thread::scope(|scope| {
         let looking = scope.spawn(|| -> Result<Vec<f64>> {
             let mut looks = Vec::new();
-            let begun = Instant::now();
-            while who != Who::Nobody && !over.load(Ordering::Relaxed) {
-                let now = Instant::now();
-                look()?;
-                looks.push(now.elapsed().as_secs_f64());
-                let next = begun + EACH * looks.len() as u32;
+            if who == Who::Nobody {
+                return Ok(looks);
+            }
+            loop {
+                let next = begun + EACH / 2 + EACH * looks.len() as u32;
                 while Instant::now() < next && !over.load(Ordering::Relaxed) {
                     thread::sleep(Duration::from_millis(5));
                 }
+                if over.load(Ordering::Relaxed) {
+                    return Ok(looks);
+                }
+                let now = Instant::now();
+                look()?;
+                looks.push(now.elapsed().as_secs_f64());
             }
-            Ok(looks)
         });
-        let made = place.loads.run(load, TIME);
+        let made = place.loads.run(load, EACH * LOOKS);
         over.store(true, Ordering::Relaxed);
         let looks = looking.join().map_err(|_| anyhow!("a thread failed"))?;
         anyhow::Ok((made?, looks?))
     })?;
+    // A look may last longer than the load.
+    let seconds = begun.elapsed().as_secs_f64();
     let cpu = before.zip(cpu()?).map(|(before, after)| after - before);
     if let Some(process) = process {
         process.end()?;
     }
     Ok(Poll {
         made,
-        cpu: cpu.map(|cpu| cpu.as_secs_f64() / made.seconds),
+        cpu: cpu.map(|cpu| cpu.as_secs_f64() / seconds),
         looks,
     })
 }

@@ -1,17 +1,16 @@
-//! What was measured: each figure of each round, as it is kept in the JSON file, and what is said of several.
+//! What was measured: each figure of each round, as it is kept in the JSON file, and what is said of all rounds of a tool.
 //!
 //! Pure. What could not be measured is absent, never 0.
-
-use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use crate::load::Made;
 use crate::process::Memory;
+use crate::spread::Spread;
 use crate::tools::Tool;
 
-/// A whole run.
-#[derive(Serialize, Deserialize)]
+/// A run, as far as it went.
+#[derive(Default, Serialize, Deserialize)]
 pub struct Results {
     /// Of the day on which it was measured.
     pub date: String,
@@ -34,7 +33,7 @@ pub struct Results {
     pub replays: Vec<Replay>,
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 pub struct Machine {
     pub kernel: Option<String>,
     pub processors: usize,
@@ -68,6 +67,9 @@ pub struct Round {
     pub cpu_seconds: Option<f64>,
     /// In its eBPF programs, for each transition.
     pub kernel_ns: Option<f64>,
+    /// Events of others while that was measured, against the load's; `None` of one program, whose runs the kernel counts.
+    #[serde(default)]
+    pub foreign: Option<f64>,
     pub told: Option<Told>,
     /// After the loads.
     pub memory: Option<Memory>,
@@ -81,6 +83,21 @@ pub struct Told {
     pub told: u64,
     /// What it says itself that it lost.
     pub said_lost: u64,
+}
+
+/// The same over all rounds. What was told too often in one of them makes up for nothing in another.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ToldInAll {
+    pub expected: u64,
+    pub missing: u64,
+    pub of_others: u64,
+    pub said_lost: u64,
+}
+
+impl Told {
+    pub const fn missing(self) -> u64 {
+        self.expected.saturating_sub(self.told)
+    }
 }
 
 /// Beside so many sockets.
@@ -105,12 +122,14 @@ pub struct Poll {
     pub looks: Vec<f64>,
 }
 
+/// Numbers of sockets just past a doubling of the table, which finds them by 64 hash tables: each doubles with 7/8 of a power
+/// of two in it, but not all at the same moment. At 6 % more than 64 times that, most have.
+pub const DOUBLED: [u64; 4] = [15_200, 30_400, 60_800, 121_600];
+
 /// A daemon's memory while sockets become more.
 #[derive(Serialize, Deserialize)]
 pub struct Growth {
     pub idle: Memory,
-    /// By number of sockets, right after they were opened.
-    pub steps: Vec<(u64, Memory)>,
     /// By number of sockets, when what is free had gone back.
     pub settled: Vec<(u64, Memory)>,
     /// The most anonymous memory that was ever seen.
@@ -140,16 +159,24 @@ pub struct Start {
 pub struct Pipe {
     pub wanted: u64,
     pub made: Made,
+    /// Those that are of the load.
     pub lines: u64,
+    /// By what it says itself.
     pub lost: u64,
-    pub bytes: u64,
+}
+
+impl Pipe {
+    pub fn missing(&self) -> u64 {
+        self.made
+            .transitions
+            .saturating_sub(self.lines)
+            .max(self.lost)
+    }
 }
 
 /// The metrics page at the cap of names.
 #[derive(Serialize, Deserialize)]
 pub struct Page {
-    pub names: u64,
-    pub lines: u64,
     pub bytes: u64,
     pub alone: Vec<f64>,
     /// The slowest of so many at once.
@@ -158,6 +185,15 @@ pub struct Page {
     /// User and system time of the daemon for one page alone, and for all of those at once.
     pub cpu_alone: Vec<f64>,
     pub cpu_at_once: Vec<f64>,
+    #[serde(default)]
+    pub beside_load: Option<BesideLoad>,
+}
+
+/// Pages that were asked for, one after the other, while the load ran, and what the daemon told of that load.
+#[derive(Serialize, Deserialize)]
+pub struct BesideLoad {
+    pub pages: u64,
+    pub told: Told,
 }
 
 /// A synthetic stream through decoding, table and statistics, on one core, as the replay's own program measures it.
@@ -229,98 +265,22 @@ impl Measured {
     }
 
     /// Over all rounds.
-    pub fn told(&self) -> Option<Told> {
+    pub fn told(&self) -> Option<ToldInAll> {
         let all: Option<Vec<Told>> = self.rounds.iter().map(|round| round.told).collect();
         let all = all?;
-        Some(Told {
-            expected: all.iter().map(|told| told.expected).sum(),
-            told: all.iter().map(|told| told.told).sum(),
-            said_lost: all.iter().map(|told| told.said_lost).sum(),
+        let sum = |of: fn(&Told) -> u64| all.iter().map(of).sum();
+        Some(ToldInAll {
+            expected: sum(|told| told.expected),
+            missing: sum(|told| told.missing()),
+            of_others: sum(|told| told.told.saturating_sub(told.expected)),
+            said_lost: sum(|told| told.said_lost),
         })
     }
-}
-
-/// A median, with the quartiles: between them lies half of all. The least and the most of some rounds tell of the one in which
-/// somebody else needed the machine.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Spread {
-    pub median: f64,
-    pub low: f64,
-    pub high: f64,
-}
-
-impl Spread {
-    /// `None` of nothing.
-    pub fn of(values: &[f64]) -> Option<Self> {
-        let mut sorted = values.to_vec();
-        sorted.sort_by(f64::total_cmp);
-        Some(Self {
-            median: quantile(&sorted, 0.5)?,
-            low: quantile(&sorted, 0.25)?,
-            high: quantile(&sorted, 0.75)?,
-        })
-    }
-
-    pub fn map(self, of: impl Fn(f64) -> f64) -> Self {
-        Self {
-            median: of(self.median),
-            low: of(self.low),
-            high: of(self.high),
-        }
-    }
-}
-
-/// With as many decimals as the format says.
-impl fmt::Display for Spread {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let digits = f.precision().unwrap_or(2);
-        write!(
-            f,
-            "{:.digits$} ({:.digits$}–{:.digits$})",
-            self.median, self.low, self.high
-        )
-    }
-}
-
-/// Of sorted values, between two of them if need be; `None` of nothing.
-pub fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
-    let last = sorted.len().checked_sub(1)?;
-    let place = share * last as f64;
-    let (below, above) = (place.floor() as usize, place.ceil() as usize);
-    Some(sorted[below] + (sorted[above] - sorted[below]) * (place - place.floor()))
-}
-
-/// From the least to the most, at each percent; nothing of nothing.
-pub fn percentiles(mut values: Vec<f64>) -> Vec<f64> {
-    values.sort_by(f64::total_cmp);
-    let shares = (0..=100).map(|percent| f64::from(percent) / 100.0);
-    shares
-        .filter_map(|share| quantile(&values, share))
-        .collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn medians_stand_between() {
-        assert_eq!(Spread::of(&[]), None);
-        let spread = Spread::of(&[3.0, 1.0, 2.0, 99.0, -9.0]).unwrap();
-        assert_eq!((spread.median, spread.low, spread.high), (2.0, 1.0, 3.0));
-        assert_eq!(Spread::of(&[4.0, 1.0]).unwrap().median, 2.5);
-        assert_eq!(format!("{spread:.1}"), "2.0 (1.0–3.0)");
-    }
-
-    #[test]
-    fn quantiles_of_few_are_among_them() {
-        assert_eq!(quantile(&[], 0.5), None);
-        assert_eq!(quantile(&[7.0], 0.99), Some(7.0));
-        let hundred: Vec<f64> = (0..=100).map(f64::from).collect();
-        assert_eq!(quantile(&hundred, 0.99), Some(99.0));
-        assert_eq!(percentiles(vec![2.0, 1.0])[100], 2.0);
-        assert!(percentiles(Vec::new()).is_empty());
-    }
 
     fn round(seconds: f64, kernel_ns: Option<f64>) -> Round {
         Round {
@@ -332,6 +292,7 @@ mod tests {
             }],
             cpu_seconds: Some(0.003),
             kernel_ns,
+            foreign: None,
             told: None,
             memory: None,
         }
@@ -354,6 +315,23 @@ mod tests {
         let ratio = ours.rate_against(&theirs, 0, Made::rate_of_work).unwrap();
         assert_eq!((ratio.low, ratio.high), (1.0, 1.0));
         assert_eq!(ours.cpu().unwrap().median, 0.5);
+    }
+
+    #[test]
+    fn what_is_missing_in_one_round_no_other_makes_up_for() {
+        let told = |told| Round {
+            told: Some(Told {
+                expected: 100,
+                told,
+                said_lost: 1,
+            }),
+            ..round(1.0, None)
+        };
+        let all = measured(vec![told(90), told(110)]).told().unwrap();
+        assert_eq!(
+            (all.expected, all.missing, all.of_others, all.said_lost),
+            (200, 10, 10, 2)
+        );
     }
 
     #[test]

@@ -18,33 +18,46 @@ pub fn enter() -> Result<()> {
         bail!("not root: loading eBPF and making a network namespace need it");
     }
     // SAFETY: no other thread runs yet; namespaces hold nothing that this program keeps pointers to.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET | UnshareFlags::NEWNS) }
-        .context("can't make namespaces")?;
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.context("can't make a mount namespace")?;
+    see_tracefs();
+    network()
+}
+
+/// Moves this thread, and all that it will start, into a network where nothing is left of earlier loads.
+pub fn network() -> Result<()> {
+    // SAFETY: a network namespace holds no memory, and no descriptor of ours goes with the old one.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.context("can't make a network namespace")?;
     loopback_up().context("can't set up loopback")?;
     // Both are of this namespace alone. Ports for connections a minute long, and no end of TIME_WAIT.
     for (name, value) in [
-        ("ip_local_port_range", "10000 65000"),
+        ("ip_local_port_range", "10000 64999"),
         ("tcp_max_tw_buckets", "5000"),
     ] {
         fs::write(format!("/proc/sys/net/ipv4/{name}"), value)
             .with_context(|| format!("can't set net.ipv4.{name} to {value}"))?;
     }
-    see_tracefs().context("can't mount tracefs")
+    Ok(())
 }
 
-/// The classic tracepoints of the peers are found there; older bpftrace looks below debugfs.
-fn see_tracefs() -> io::Result<()> {
+/// The classic tracepoints of the peers are found there; older bpftrace looks below debugfs. A peer that needs what this host
+/// has not says so itself.
+fn see_tracefs() {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    mount_change("/", private)?;
+    if let Err(error) = mount_change("/", private) {
+        eprintln!("nothing is mounted, for mounts can't be made private: {error}");
+        return;
+    }
     for (kind, target, witness) in [
         ("tracefs", "/sys/kernel/tracing", "events"),
         ("debugfs", "/sys/kernel/debug", "tracing/events"),
     ] {
-        if !Path::new(target).join(witness).exists() {
-            mount(kind, target, kind, MountFlags::empty(), None)?;
+        if Path::new(target).join(witness).exists() {
+            continue;
+        }
+        if let Err(error) = mount(kind, target, kind, MountFlags::empty(), None) {
+            eprintln!("{kind} can't be mounted at {target}: {error}");
         }
     }
-    Ok(())
 }
 
 /// Sets IFF_UP on interface 1, by netlink.

@@ -5,18 +5,19 @@ use std::fs;
 use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::net::Ipv4Addr;
 use std::process::{ChildStdin, ChildStdout, Command};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::ground;
-use crate::load::{Close, Listener, Load, Loads, Six, Tcp};
+use crate::load::{Close, Listener, Tcp};
 use crate::process::Process;
 
 /// Of a process, beside its sockets.
 const OTHERS: u64 = 64;
 /// Each listener's clients have ports of their own.
 const LARGEST: u64 = 20_000;
+/// Connections that come and go under each name.
+const UNDER_A_NAME: u64 = 16;
 
 /// Sockets that are open as long as it is there.
 #[derive(Default)]
@@ -61,11 +62,15 @@ impl Holder {
         let mut command = Command::new("/proc/self/exe");
         let (process, input, output) = Process::talking(command.arg("hold"))?;
         let descriptors = ground::descriptors().min(LARGEST);
+        let room = descriptors.saturating_sub(OTHERS) / 2;
+        if room == 0 {
+            bail!("a process may have {descriptors} descriptors here: too few to hold connections");
+        }
         Ok(Self {
             _process: process,
             input,
             output: BufReader::new(output).lines(),
-            room: descriptors.saturating_sub(OTHERS) / 2,
+            room,
         })
     }
 
@@ -100,19 +105,13 @@ pub fn hold() -> Result<()> {
                 }
             }
             "names" => {
-                let loads = Loads::new()?;
                 for name in 0..number {
                     // The process', which is the main thread's: that is this one.
                     fs::write("/proc/self/comm", format!("bench {name}"))?;
                     for close in [Close::Reset, Close::Full] {
-                        let load = Load {
-                            name: "under a name",
-                            close,
-                            six: Six::None,
-                            threads: 1,
-                            rate: None,
-                        };
-                        loads.run(&load, Duration::from_millis(1))?;
+                        for _ in 0..UNDER_A_NAME {
+                            listener.connection(close, None)?;
+                        }
                     }
                     kept.push(listener.pair()?);
                 }

@@ -21,6 +21,8 @@ const BATCH: u64 = 16;
 /// Waking up takes about as long; what is slept too long is made up for by the next connections.
 const SHORTEST_SLEEP: Duration = Duration::from_micros(100);
 
+pub const NO_SIX: &str = "this host has no IPv6";
+
 /// Is told a client's port.
 pub type Closing<'a> = &'a mut (dyn FnMut(u16) + Send);
 
@@ -139,7 +141,7 @@ impl Listener {
     }
 
     /// Makes a connection and ends it. `closing` is called before its client closes it, if it takes its port.
-    fn connection(&self, close: Close, closing: Option<Closing<'_>>) -> Result<(), Errno> {
+    pub fn connection(&self, close: Close, closing: Option<Closing<'_>>) -> Result<(), Errno> {
         let (client, server) = self.pair()?;
         if let Some(closing) = closing {
             closing(client.local()?.port());
@@ -163,22 +165,28 @@ impl Listener {
 
 /// The listeners of all loads. They stay, so that their ports tell which lines are of a load.
 pub struct Loads {
-    /// For each thread its processor, and a listener of each family.
-    threads: Vec<(usize, [Listener; 2])>,
+    /// For each thread its processor, and a listener of each family that this host has.
+    threads: Vec<(usize, Listener, Option<Listener>)>,
+    pub ports: Vec<u16>,
 }
 
 impl Loads {
     pub fn new() -> Result<Self> {
         let thread = |cpu| {
             let four = Listener::new(Ipv4Addr::LOCALHOST.into())?;
-            let six = Listener::new(Ipv6Addr::LOCALHOST.into())?;
-            Ok((cpu, [four, six]))
+            Ok((cpu, four, Listener::new(Ipv6Addr::LOCALHOST.into()).ok()))
         };
         // The last processors first: interrupts mostly go to the first.
         let processors = ground::processors()?.into_iter().rev();
-        Ok(Self {
-            threads: processors.map(thread).collect::<Result<_>>()?,
-        })
+        let threads: Vec<_> = processors.map(thread).collect::<Result<_>>()?;
+        let listeners = threads
+            .iter()
+            .flat_map(|(_, four, six)| [Some(four), six.as_ref()]);
+        let ports = listeners
+            .flatten()
+            .map(|listener| listener.address.port())
+            .collect();
+        Ok(Self { threads, ports })
     }
 
     /// As many as there are processors.
@@ -187,8 +195,13 @@ impl Loads {
     }
 
     pub fn has(&self, port: u16) -> bool {
-        let mut all = self.threads.iter().flat_map(|(_, listeners)| listeners);
-        all.any(|listener| listener.address.port() == port)
+        self.ports.contains(&port)
+    }
+
+    /// Whether this host has what the load needs.
+    pub fn can(&self, load: &Load) -> bool {
+        let mut threads = self.threads.iter();
+        load.six == Six::None || threads.all(|(_, _, six)| six.is_some())
     }
 
     pub fn run(&self, load: &Load, time: Duration) -> Result<Made> {
@@ -224,7 +237,7 @@ impl Loads {
         time: Duration,
         mut closing: Option<Closing<'_>>,
     ) -> Result<Made> {
-        let (processor, [four, six]) = &self.threads[number];
+        let (processor, four, six) = &self.threads[number];
         let mut cpu = CpuSet::new();
         cpu.set(*processor);
         sched_setaffinity(None, &cpu).context("can't pin a thread")?;
@@ -236,7 +249,7 @@ impl Loads {
                 let listener = match load.six {
                     Six::None => four,
                     Six::Half if connections % 2 == 0 => four,
-                    Six::Half | Six::All => six,
+                    Six::Half | Six::All => six.as_ref().context(NO_SIX)?,
                 };
                 let closing = closing
                     .as_mut()
@@ -273,4 +286,28 @@ fn worked() -> Result<Duration> {
 
 fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {
     result.map_err(|_| anyhow!("a thread of the load failed"))?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_without_ipv6_runs_the_other_loads() {
+        let four = Listener::new(Ipv4Addr::LOCALHOST.into()).unwrap();
+        let loads = Loads {
+            ports: vec![four.address.port()],
+            threads: vec![(0, four, None)],
+        };
+        let load = |six| Load {
+            name: "a load",
+            close: Close::Reset,
+            six,
+            threads: 1,
+            rate: None,
+        };
+        let can = [Six::None, Six::Half, Six::All].map(|six| loads.can(&load(six)));
+        assert_eq!(can, [true, false, false]);
+        assert!(loads.has(loads.ports[0]));
+    }
 }

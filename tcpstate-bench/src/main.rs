@@ -4,7 +4,7 @@
 //! A crate of its own: it needs aya for the empty program that all are compared with, which xtask is to be built without, and
 //! a release build and tests of its own, which the live tests' program has not. It uses nothing of the product but its program.
 //! Arrows: main → what measures (rounds, crowd, memory, stream, scrape) → tools → bpf, process, load; and main → page, chart →
-//! bars → figures, which are pure.
+//! bars → figures → spread, which are pure.
 
 mod bars;
 mod bpf;
@@ -21,6 +21,7 @@ mod page;
 mod process;
 mod rounds;
 mod scrape;
+mod spread;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -35,7 +36,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 
-use figures::{Machine, Replay, Results};
+use figures::{Absent, Replay, Results};
 use load::Loads;
 use tools::{Place, Tool};
 
@@ -107,66 +108,94 @@ fn run(product: PathBuf, output: &Path, wanted: &Wanted) -> Result<()> {
     let machine = ground::machine()?;
     ground::enter()?;
     ground::descriptors();
-    let place = Place {
+    let mut place = Place {
         product,
         folder: tempfile::tempdir()?,
         loads: Loads::new()?,
     };
-    let results = measure(&place, machine, wanted)?;
-    let json = serde_json::to_string(&results)?;
-    fs::write(output.join("performance.json"), json + "\n")?;
+    let mut results = Results {
+        date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
+        machine,
+        versions: tools::versions(&place.product),
+        lacks: lacks(&place)?,
+        rounds: wanted.rounds,
+        ..Results::default()
+    };
+    measure(&mut place, wanted, &mut results, &|results| {
+        let json = serde_json::to_string(results)?;
+        Ok(fs::write(output.join("performance.json"), json + "\n")?)
+    })?;
     write_page(output)?;
     println!("{}", page::page(&results));
     Ok(())
 }
 
-fn measure(place: &Place, mut machine: Machine, wanted: &Wanted) -> Result<Results> {
-    let rounds = wanted.rounds;
-    let loads = rounds::loads(place.loads.most_threads());
+/// `keep`: is given what there is after each part, so that a failure takes no more than its own.
+fn measure(
+    place: &mut Place,
+    wanted: &Wanted,
+    results: &mut Results,
+    keep: &dyn Fn(&Results) -> Result<()>,
+) -> Result<()> {
+    let (rounds, absent) = (wanted.rounds, &mut results.absent);
+    let loads = rounds::loads(&place.loads, absent);
     let (load, _) = loads[0];
-    let lacks = lacks(place)?;
-    let mut absent = Vec::new();
-    let tools = rounds::measure(place, rounds, &mut absent)?;
-    let crowd = crowd::measure(place, &load, rounds, &mut absent)?;
+    results.loads = loads.iter().map(|(load, _)| load.name.to_owned()).collect();
+    results.tools = rounds::measure(place, &loads, rounds, absent)?;
+    keep(results)?;
+
+    place.renew()?;
+    results.crowd = Some(crowd::measure(place, &load, rounds, &mut results.absent)?);
+    keep(results)?;
+
     eprintln!("memory");
-    let memory = memory::measure(place)?;
+    place.renew()?;
+    results.memory = Some(memory::measure(place)?);
+    keep(results)?;
+
     eprintln!("delays");
-    let there = |tool: &Tool| tools.iter().any(|measured| measured.tool == *tool);
-    let writing = Tool::WRITING.into_iter().filter(there);
-    let delays: Result<Vec<_>> = writing
-        .clone()
-        .map(|tool| stream::delay(tool, place, &load).context(tool.name()))
+    place.renew()?;
+    let writing: Vec<Tool> = Tool::WRITING
+        .into_iter()
+        .filter(|&tool| results.tool(tool).is_some())
         .collect();
+    for &tool in &writing {
+        match stream::delay(tool, place, &load) {
+            Ok(delay) => results.delays.push(delay),
+            Err(error) => results.absent.push(absent_peer(tool, "its delay", error)?),
+        }
+    }
+    keep(results)?;
+
     eprintln!("starts");
-    let starts: Result<Vec<_>> = std::iter::once(Tool::Daemon)
-        .chain(writing)
-        .map(|tool| stream::start(tool, place, &load, rounds).context(tool.name()))
-        .collect();
+    for tool in std::iter::once(Tool::Daemon).chain(writing) {
+        match stream::start(tool, place, &load, rounds) {
+            Ok(start) => results.starts.push(start),
+            Err(error) => results.absent.push(absent_peer(tool, "its start", error)?),
+        }
+    }
+    keep(results)?;
+
     eprintln!("the stream, the page");
-    let pipe = stream::pipe(place, &load, wanted.stream)?;
-    let page = scrape::measure(place, rounds)?;
-    let replays = match &wanted.replay {
-        Some(program) => replays(program)?,
-        None => Vec::new(),
-    };
-    machine.load_after = ground::load();
-    Ok(Results {
-        date: jiff::Timestamp::now().strftime("%Y-%m-%d").to_string(),
-        machine,
-        versions: tools::versions(&place.product),
-        lacks,
-        rounds,
-        loads: loads.map(|(load, _)| load.name.to_owned()).into(),
-        tools,
-        absent,
-        crowd: Some(crowd),
-        memory: Some(memory),
-        delays: delays?,
-        starts: starts?,
-        pipe: Some(pipe),
-        page: Some(page),
-        replays,
-    })
+    place.renew()?;
+    results.pipe = Some(stream::pipe(place, wanted.stream)?);
+    keep(results)?;
+    place.renew()?;
+    results.page = Some(scrape::measure(place, &load, rounds)?);
+    if let Some(program) = &wanted.replay {
+        results.replays = replays(program)?;
+    }
+    results.machine.load_after = ground::load();
+    keep(results)
+}
+
+/// # Errors
+/// It is no peer: the product must work.
+fn absent_peer(tool: Tool, what: &str, error: anyhow::Error) -> Result<Absent> {
+    match tool.program() {
+        Some(_) => Ok(rounds::gone(&format!("{}, {what}", tool.name()), 0, &error)),
+        None => Err(error.context(tool.name())),
+    }
 }
 
 fn replays(program: &Path) -> Result<Vec<Replay>> {

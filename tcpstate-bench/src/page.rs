@@ -2,16 +2,17 @@
 //! not pay, stands in `tried.md`.
 
 use crate::bars::{Verdict, bars};
-use crate::figures::{Absent, Crowd, Growth, Results, Spread, Told, quantile};
+use crate::figures::{Absent, Crowd, Growth, Results, ToldInAll};
 use crate::load::Made;
 use crate::process::Memory;
+use crate::spread::{Spread, quantile};
 use crate::tools::Tool;
 use crate::words::{Table, grouped, or_dash};
 
 const HEAD: &str = "\
 # Performance
 
-What tcpstate costs, and what its peers cost, measured in one run on one machine. `cargo xtask bench --peers --write` repeats it \
+What tcpstate costs, and what its peers cost, measured in one run on one machine. `cargo xtask bench --peers --long --write` repeats it \
 as root, on any Linux host with BTF, and writes this page, [the figures of each round](performance.json) and the chart. Without \
 `--write` the page lies in `target/bench` and on your screen. The figures are this machine's: compare within the page, not \
 between machines.
@@ -25,12 +26,21 @@ const HOW: &str = "
 
 - **Load.** Our own: connections over the loopback of a network namespace of its own, opened and ended as fast as one thread \
 goes, pinned to the last processor (or a thread on each). What is reset gives 6 transitions at its two ends, what both ends close \
-gives 10. The load counts what it made, and every tool's lines or counts are compared with that.
-- **Rounds.** In each round every tool once, alone, one after the other, beginning with another one each time; the first round does not \
-count. Ratios are of the same round, `untraced, again` shows what the machine itself is worth. Figures are medians, with the quartiles \
-in parentheses: half of all rounds lie between them.
-- **Time in the kernel** is what the kernel's BPF statistics say, on only for an interval of their own, of all of a tool's programs, \
-divided by the transitions made. It holds what measuring adds, the same for all.
+gives 10. The load counts what it made, and every tool's lines or counts are compared with that. `tcp_max_tw_buckets` is 5,000 in \
+that namespace, so that ports don't run out: most full closes make no TIME_WAIT. Each part has a namespace of its own, with none \
+left over from the part before.
+- **Missing** is what the load made, less what was told of it. Lines are counted if they are of the load's ports, and not found by a \
+dump only. The daemon's count is of what reached it, not what its kernel side counted: its connections, as many of all transitions \
+as of the connections made, or, where no program tells more than transitions, its records, if these are fewer. What the kernel hides from every eBPF program ([principles.md](principles.md), known drift) is \
+missing too, and no tool can say so.
+- **Rounds.** In each round every tool once, alone, one after the other, in another order each time, so that each comes right after \
+each other about equally often; the first round does not count. Ratios are of the same round, `untraced, again` shows what the machine itself is worth. Figures are medians, with the quartiles \
+in parentheses: half of all rounds lie between them. The replay's are the least and the most.
+- **Time in the kernel** is what the kernel's BPF statistics say (as with `kernel.bpf_stats_enabled=1`), on only for an interval of \
+their own. Of a tool with one program it is the time for each of its runs; of several programs it is all their time, divided by \
+the load's transitions. It holds what measuring adds, the same for all.
+- **Processor time beside open sockets** is for each second until the last look has ended. A scrape each 1.1 s has the daemon ask \
+the kernel for sockets each time: it does so if the last answer is a second old.
 - **Processor time** is user and system time of the tool's process, until it has caught up after the load. The daemon is not \
 scraped meanwhile.
 - **Memory** is `RssAnon`, `RssFile` and `RssShmem` of `/proc/PID/status`, which newer kernels count in batches: some 0.1 MB for \
@@ -185,23 +195,32 @@ fn costs(results: &Results) -> String {
             shown(measured.memory(|memory| memory.resident()), 1),
         ]);
     }
-    format!("\n## What a transition costs\n\n{}", table.text())
+    let rounds = results.tools.iter().flat_map(|it| &it.rounds);
+    let foreign = rounds.filter_map(|round| round.foreign).reduce(f64::max);
+    let foreign = foreign.map_or(String::new(), |foreign| {
+        format!(
+            "\nTo the load's transitions, by which the time of tools with several programs is divided, others of this host added {:.2} % \
+             at most.\n",
+            foreign * 100.0
+        )
+    });
+    format!("\n## What a transition costs\n\n{}{foreign}", table.text())
 }
 
-fn missing(told: Told) -> String {
+fn missing(told: ToldInAll) -> String {
     let expected = grouped(told.expected);
-    match told.expected.checked_sub(told.told) {
-        Some(0) => format!("0 of {expected}"),
-        Some(missing) => format!(
+    let mut text = match told.missing {
+        0 => format!("0 of {expected}"),
+        missing => format!(
             "{} of {expected} ({:.2} %)",
             grouped(missing),
             100.0 * missing as f64 / told.expected as f64
         ),
-        None => format!(
-            "0 of {expected}, and {} of others",
-            grouped(told.told - told.expected)
-        ),
+    };
+    if told.of_others > 0 {
+        text += &format!(", and {} of others", grouped(told.of_others));
     }
+    text
 }
 
 fn crowd(crowd: &Crowd) -> String {
@@ -209,6 +228,7 @@ fn crowd(crowd: &Crowd) -> String {
         "who looks",
         "connections a second, against nobody",
         "processor, of one",
+        "looks a round",
         "a look, ms",
     ]);
     let Some(nobody) = crowd.pollers.first() else {
@@ -233,11 +253,15 @@ fn crowd(crowd: &Crowd) -> String {
                 cpu.and_then(|cpu| Spread::of(&cpu))
                     .map(|cpu| format!("{cpu:.3}")),
             ),
+            match looks.is_empty() {
+                true => or_dash(None::<u8>),
+                false => format!("{:.1}", looks.len() as f64 / poller.rounds.len() as f64),
+            },
             or_dash(Spread::of(&looks).map(|look| format!("{look:.0}"))),
         ]);
     }
     format!(
-        "\n## Beside {} open sockets\n\nThe first load, with those who look at all sockets each second.\n\n{}",
+        "\n## Beside {} open sockets\n\nThe first load, with those who look at all sockets about each second.\n\n{}",
         grouped(crowd.sockets),
         table.text()
     )
@@ -250,6 +274,7 @@ fn memory(growth: &Growth) -> String {
         "a socket, B",
         "of files, MB",
         "shared, MB",
+        "of these two the ring, MB",
     ]);
     let megabytes = |bytes: u64| format!("{:.1}", bytes as f64 / 1e6);
     let mut row = |sockets: &str, memory: Memory, each: Option<f64>| {
@@ -259,6 +284,7 @@ fn memory(growth: &Growth) -> String {
             or_dash(each.map(|each| format!("{each:.0}"))),
             megabytes(memory.file),
             megabytes(memory.shared),
+            or_dash(memory.ring.map(megabytes)),
         ]);
     };
     row("none (idle)", growth.idle, None);
@@ -271,8 +297,8 @@ fn memory(growth: &Growth) -> String {
         );
     }
     format!(
-        "\n## The daemon's memory\n\nThe least within twelve seconds after the sockets were opened: what is free goes back within ten. The ring is mapped, \
-         and counts as shared or as of a file. The most anonymous memory that was seen, by looking each 3 ms, was {} MB.\n\n{}",
+        "\n## The daemon's memory\n\nThe least within twelve seconds after the sockets were opened: what is free goes back within ten. The ring's pages are \
+         mapped twice, and count twice. The most anonymous memory that was seen, by looking each 3 ms, was {} MB.\n\n{}",
         megabytes(growth.peak),
         table.text()
     )

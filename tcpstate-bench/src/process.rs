@@ -7,8 +7,11 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, kill_process, pidfd_open, set_parent_process_death_signal,
+};
 use serde::{Deserialize, Serialize};
 
 /// Until a program that stands still counts as done: it may look for work only now and then.
@@ -33,6 +36,9 @@ pub struct Memory {
     pub file: u64,
     /// Shared, as with the kernel.
     pub shared: u64,
+    /// Of these the maps of eBPF programs: a ring, each page of which is mapped twice.
+    #[serde(default)]
+    pub ring: Option<u64>,
 }
 
 impl Memory {
@@ -102,6 +108,15 @@ impl Process {
     }
 
     pub fn memory(&self) -> Result<Memory> {
+        let mappings = fs::read_to_string(format!("/proc/{}/smaps", self.pid()));
+        Ok(Memory {
+            ring: mappings.ok().map(|mappings| ring_of(&mappings)),
+            ..self.memory_but_ring()?
+        })
+    }
+
+    /// Which is told without a look at each page, and so can be asked often.
+    pub fn memory_but_ring(&self) -> Result<Memory> {
         let path = format!("/proc/{}/status", self.pid());
         let status = fs::read_to_string(&path).with_context(|| format!("can't read {path}"))?;
         memory_of(&status).with_context(|| format!("{path} tells no memory"))
@@ -118,6 +133,21 @@ impl Process {
             }
             self.check()?;
         }
+        Ok(())
+    }
+
+    /// Waits until it has ended by itself.
+    ///
+    /// # Errors
+    /// It failed, or does not end; it is killed then.
+    pub fn done(mut self) -> Result<()> {
+        let pidfd = pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())?;
+        let patience = Timespec::try_from(PATIENCE)?;
+        if poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&patience))? == 0 {
+            bail!("{} does not end in {} s", self.name, PATIENCE.as_secs());
+        }
+        let status = self.child.wait()?;
+        ensure!(status.success(), "{} ended with {status}", self.name);
         Ok(())
     }
 
@@ -156,7 +186,28 @@ fn memory_of(status: &str) -> Option<Memory> {
         anonymous: bytes("RssAnon:")?,
         file: bytes("RssFile:")?,
         shared: bytes("RssShmem:")?,
+        ring: None,
     })
+}
+
+/// Resident of those mappings that are an eBPF map's.
+fn ring_of(smaps: &str) -> u64 {
+    let (mut is_map, mut kilobytes) = (false, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Rss:") if is_map => {
+                kilobytes += words
+                    .next()
+                    .and_then(|number| number.parse().ok())
+                    .unwrap_or(0);
+            }
+            Some(name) if name.ends_with(':') => {}
+            // Where a mapping begins.
+            _ => is_map = line.ends_with("anon_inode:bpf-map"),
+        }
+    }
+    kilobytes * 1024
 }
 
 /// Time that children of ours took which have ended and been waited for, in ticks of the kernel's: for programs that are
@@ -192,10 +243,25 @@ mod tests {
     }
 
     #[test]
+    fn the_ring_is_told_apart() {
+        let smaps = "7f00-7f10 rw-s 00000000 00:0e 1046   anon_inode:bpf-map\nSize: 4 kB\nRss:  4 kB\nPss:  4 kB\n\
+                     7f10-7f20 r--s 00001000 00:0e 1046   anon_inode:bpf-map\nRss:  8196 kB\nVmFlags: rd sh\n\
+                     7f20-7f30 rw-p 00000000 00:00 0\nRss:   900 kB\n";
+        assert_eq!(ring_of(smaps), 8200 * 1024);
+    }
+
+    #[test]
     fn ticks_are_those_of_children() {
         let stat = "7 (a) b) c) S 1 7 7 0 -1 4194304 1 2 3 4 500 600 70 8 20 0 1 0 99 1 1\n";
         assert_eq!(ticks_of_children(stat), Some(78));
         assert_eq!(ticks_of_children("7 (a) S 1"), None);
+    }
+
+    #[test]
+    fn who_ends_by_itself_is_waited_for() {
+        let shell = |what: &str| Process::start(Command::new("sh").args(["-c", what])).unwrap();
+        shell("exit 0").done().unwrap();
+        assert!(shell("exit 3").done().is_err());
     }
 
     #[test]

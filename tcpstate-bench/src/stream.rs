@@ -1,9 +1,10 @@
 //! Lines as they come: how long after its transition a line can be read, how soon after its start a program writes the
-//! first, and whether a stream of all that one processor can make is whole.
+//! first, and whether a fast stream is whole.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs;
-use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read, Write as _};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,11 +12,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::figures::{Delay, Pipe, Start, percentiles};
+use crate::figures::{Delay, Pipe, Start};
 use crate::lines::Format;
-use crate::load::{Load, Made};
+use crate::load::{Close, Load, Loads, Six};
 use crate::process::Process;
+use crate::spread::percentiles;
 use crate::tools::{Place, Tool, wait_until_it_sees};
 
 /// Connections a second while delays are measured: enough that who fills a buffer before writing does so soon.
@@ -123,7 +126,7 @@ fn first_line(tool: Tool, place: &Place) -> Result<f64> {
     }
     let (process, output) = piped(tool, place)?;
     let format = tool.format().context("it writes lines")?;
-    wait_for_line(output, format, place)?;
+    wait_for_line(output, format, place, begun)?;
     let took = begun.elapsed();
     // It has nobody to read its last lines.
     drop(process);
@@ -136,25 +139,56 @@ fn first_line_of_daemon(place: &Place, begun: Instant) -> Result<f64> {
         .command(place)?
         .context("the daemon's command")?;
     let _ = fs::remove_file(place.socket());
-    let process = Process::start(command.stderr(Stdio::null()))?;
+    let mut process = Process::start(command.stderr(Stdio::null()))?;
     let mut stream = loop {
         match UnixStream::connect(place.socket()) {
             Ok(stream) => break stream,
             Err(error) if begun.elapsed() > PATIENCE => return Err(error.into()),
-            Err(_) => thread::sleep(Duration::from_millis(1)),
+            Err(_) => {
+                process.check()?;
+                thread::sleep(Duration::from_millis(1));
+            }
         }
     };
     write!(stream, "GET /v1/events HTTP/1.0\r\n\r\n")?;
-    wait_for_line(stream, Format::Watch, place)?;
+    wait_for_line(stream, Format::Watch, place, begun)?;
     let took = begun.elapsed();
     process.end()?;
     Ok(took.as_secs_f64())
 }
 
-fn wait_for_line(from: impl Read, format: Format, place: &Place) -> Result<()> {
-    let mut lines = BufReader::new(from);
+/// Reads until a time: who writes nothing is waited for no longer.
+struct Until<T> {
+    from: T,
+    end: Instant,
+}
+
+impl<T: AsFd + Read> Read for Until<T> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.end.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let mut readable = [PollFd::new(&self.from, PollFlags::IN)];
+        if poll(&mut readable, Some(&left))? == 0 {
+            return Err(io::Error::other("no line of the load came in time"));
+        }
+        self.from.read(buffer)
+    }
+}
+
+fn wait_for_line(
+    from: impl AsFd + Read,
+    format: Format,
+    place: &Place,
+    begun: Instant,
+) -> Result<()> {
+    let end = begun + PATIENCE;
+    let mut lines = BufReader::new(Until { from, end });
     let mut line = Vec::new();
     while lines.read_until(b'\n', &mut line)? > 0 {
+        // Lines of others may come without end.
+        if Instant::now() > end {
+            bail!("no line of the load came in time");
+        }
         let ends = format.read(&String::from_utf8_lossy(&line));
         if ends.is_some_and(|ends| ends.is_of(&place.loads)) {
             return Ok(());
@@ -164,47 +198,49 @@ fn wait_for_line(from: impl Read, format: Format, place: &Place) -> Result<()> {
     bail!("it ended before it wrote a line")
 }
 
-/// At 200,000 transitions a second, into a pipe whose reader counts and discards.
-pub fn pipe(place: &Place, load: &Load, time: Duration) -> Result<Pipe> {
-    let (mut process, output) = piped(Tool::Watch, place)?;
-    let reading = thread::spawn(move || count(output));
-    wait_until_it_sees(&mut process)?;
-    process.settle()?;
+/// At 200,000 transitions a second, into a pipe whose reader counts and discards. By all processors, and with full closes, whose
+/// transitions are more: one thread of resets does not make as many.
+pub fn pipe(place: &Place, time: Duration) -> Result<Pipe> {
+    let close = Close::Full;
     let load = Load {
-        rate: Some(STREAM.div_ceil(load.close.transitions())),
-        ..*load
+        name: "the stream",
+        close,
+        six: Six::None,
+        threads: place.loads.most_threads(),
+        rate: Some(STREAM.div_ceil(close.transitions())),
     };
-    let made: Made = place.loads.run(&load, time)?;
-    process.settle()?;
-    process.end()?;
-    let [lines, lost, bytes] = reading.join().map_err(|_| anyhow!("a thread failed"))??;
-    Ok(Pipe {
-        wanted: STREAM,
-        made,
-        lines,
-        lost,
-        bytes,
+    thread::scope(|scope| {
+        let (mut process, output) = piped(Tool::Watch, place)?;
+        let reading = scope.spawn(|| count(output, &place.loads));
+        wait_until_it_sees(&mut process)?;
+        process.settle()?;
+        let made = place.loads.run(&load, time)?;
+        process.settle()?;
+        process.end()?;
+        let [lines, lost] = reading.join().map_err(|_| anyhow!("a thread failed"))??;
+        Ok(Pipe {
+            wanted: STREAM,
+            made,
+            lines,
+            lost,
+        })
     })
 }
 
-/// Lines of transitions, transitions that are told to be lost, bytes.
-fn count(from: impl Read) -> Result<[u64; 3]> {
+/// Lines of the load's transitions, and how many are told to be lost.
+fn count(from: impl Read, loads: &Loads) -> Result<[u64; 2]> {
     let mut lines = BufReader::with_capacity(1 << 16, from);
-    let [mut transitions, mut lost, mut bytes] = [0; 3];
+    let [mut transitions, mut lost] = [0; 2];
     let mut line = Vec::new();
-    loop {
-        let read = lines.read_until(b'\n', &mut line)?;
-        if read == 0 {
-            return Ok([transitions, lost, bytes]);
-        }
-        bytes += read as u64;
-        if line.starts_with(br#"{"type":"transition""#) {
-            transitions += 1;
-        } else {
-            lost += Format::Watch.lost(&String::from_utf8_lossy(&line));
+    while lines.read_until(b'\n', &mut line)? > 0 {
+        let text = String::from_utf8_lossy(&line);
+        match Format::Watch.read(&text) {
+            Some(ends) => transitions += u64::from(ends.is_of(loads)),
+            None => lost += Format::Watch.lost(&text),
         }
         line.clear();
     }
+    Ok([transitions, lost])
 }
 
 #[cfg(test)]
@@ -217,7 +253,7 @@ mod tests {
     struct Slow(&'static [u8]);
 
     impl Read for Slow {
-        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
             let (now, later) = self.0.split_at(self.0.len().min(3));
             self.0 = later;
             buffer[..now.len()].copy_from_slice(now);
@@ -236,12 +272,33 @@ mod tests {
     }
 
     #[test]
-    fn what_is_lost_is_counted_beside_lines() {
-        let text = br#"{"type":"start","schema":1}
-{"type":"transition","schema":1}
-{"type":"lost","schema":1,"count":5,"reason":"ring_full"}
-{"type":"transition","schema":1}
-"#;
-        assert_eq!(count(&text[..]).unwrap(), [2, 5, text.len() as u64]);
+    fn only_lines_of_the_load_are_counted() {
+        let loads = Loads::new().unwrap();
+        let ours = *loads.ports.first().unwrap();
+        let line = |local: u16, evidence: &str| {
+            format!(
+                r#"{{"type":"transition","local_port":{local},"remote_port":null,"from":"LISTEN","to":"CLOSE","evidence":"{evidence}"}}"#
+            )
+        };
+        let text = [
+            r#"{"type":"start","schema":1}"#.to_owned(),
+            line(ours, "tracepoint"),
+            line(1, "tracepoint"),
+            line(ours, "snapshot"),
+            r#"{"type":"lost","schema":1,"count":5,"reason":"ring_full"}"#.to_owned(),
+            line(ours, "inferred"),
+        ]
+        .join("\n");
+        assert_eq!(count(text.as_bytes(), &loads).unwrap(), [2, 5]);
+    }
+
+    #[test]
+    fn who_writes_nothing_is_not_waited_for() {
+        let (silent, _writer) = UnixStream::pair().unwrap();
+        let mut until = Until {
+            from: silent,
+            end: Instant::now() + Duration::from_millis(10),
+        };
+        assert!(until.read(&mut [0]).is_err());
     }
 }

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 
 use crate::figures::{
-    Absent, Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Replay, Results,
-    Round, Start, Told, percentiles,
+    Absent, BesideLoad, Crowd, Delay, Growth, Machine, Measured, Page, Pipe, Poll, Poller, Replay,
+    Results, Round, Start, Told,
 };
 use crate::load::Made;
 use crate::process::Memory;
+use crate::spread::percentiles;
 use crate::tools::Tool;
 use crate::{chart, page};
 
@@ -26,6 +27,7 @@ fn memory(anonymous: u64) -> Memory {
         anonymous,
         file: 9_000_000,
         shared: 4_200_000,
+        ring: Some(8_400_000),
     }
 }
 
@@ -39,6 +41,7 @@ fn measured(tool: Tool, share: f64, kernel_ns: Option<f64>, told: Option<Told>) 
         ],
         cpu_seconds: has_process.then_some(0.1 * share),
         kernel_ns,
+        foreign: kernel_ns.map(|_| 0.001),
         told,
         memory: has_process.then(|| memory(5_000_000)),
     });
@@ -102,12 +105,12 @@ fn results() -> Results {
         }),
         memory: Some(Growth {
             idle: memory(5_000_000),
-            steps: vec![
-                (2_000, memory(9_000_000)),
-                (10_000, memory(8_000_000)),
-                (58_000, memory(22_000_000)),
+            settled: vec![
+                (10_000, memory(7_000_000)),
+                (60_800, memory(22_000_000)),
+                (100_000, memory(25_000_000)),
+                (121_600, memory(29_000_000)),
             ],
-            settled: vec![(10_000, memory(7_000_000)), (100_000, memory(25_000_000))],
             peak: 31_000_000,
         }),
         delays: vec![Delay {
@@ -132,17 +135,18 @@ fn results() -> Results {
             },
             lines: 2_000_040,
             lost: 0,
-            bytes: 660_000_000,
         }),
         page: Some(Page {
-            names: 130,
-            lines: 7_553,
             bytes: 600_000,
             alone: vec![0.008, 0.009, 0.016],
             at_once: 8,
             slowest: vec![0.02; 3],
             cpu_alone: vec![0.008; 3],
             cpu_at_once: vec![0.016; 3],
+            beside_load: Some(BesideLoad {
+                pages: 90,
+                told: told(240_000, 0).unwrap(),
+            }),
         }),
         replays: [(1_000, 11.0), (100_000, 9.5)]
             .map(|(open, median)| Replay {

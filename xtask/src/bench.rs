@@ -7,13 +7,15 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::{build, host, setup, test};
 
 /// The page, its figures and its chart.
 const FILES: [&str; 3] = ["performance.md", "performance.json", "performance.svg"];
 const LONG: u32 = 60;
+/// Of which a published figure is the median.
+const ENOUGH_ROUNDS: u32 = 9;
 
 pub struct Wanted {
     pub peers: bool,
@@ -23,13 +25,21 @@ pub struct Wanted {
 }
 
 pub fn all(wanted: &Wanted) -> Result<()> {
+    if let Some(rounds) = wanted
+        .rounds
+        .filter(|&it| wanted.write && it < ENOUGH_ROUNDS)
+    {
+        bail!("{rounds} rounds are too few for docs/performance.md: --write needs {ENOUGH_ROUNDS}");
+    }
     if wanted.peers {
-        setup::for_peers()?;
+        setup::for_peers();
     }
     let product = build::release()?;
     let bench = build::bench()?;
     let replay = build::replay()?;
     let output = host::target().join("bench");
+    // By the user, who else could not take it away again.
+    fs::create_dir_all(&output).with_context(|| format!("can't make {}", output.display()))?;
     let mut command = host::as_root("measuring loads eBPF");
     command
         .arg(host::assignment("PATH", &host::path_with_tools()?))

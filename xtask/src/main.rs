@@ -45,8 +45,8 @@ enum Command {
         /// Install the peers that Debian has: libbpf-tools, bpftrace, node_exporter
         #[arg(long)]
         peers: bool,
-        /// Write docs/performance.md, its figures and its chart
-        #[arg(long)]
+        /// Write docs/performance.md, its figures and its chart; of a whole run only
+        #[arg(long, requires = "peers", requires = "long")]
         write: bool,
         /// Have the stream into a pipe last for the minute that its bar is about
         #[arg(long)]
@@ -75,7 +75,7 @@ enum Command {
     /// Hold the daemon under random load, and measure whether it grows
     Soak {
         /// For so long
-        #[arg(long, value_name = "N", default_value_t = 20)]
+        #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(3..))]
         minutes: u64,
     },
     /// Check format, lints, dependencies, imports, documentation, and the instructions that events take

@@ -49,15 +49,32 @@ pub fn for_test() -> Result<()> {
     unpacked("prometheus", &["prometheus", "promtool"])
 }
 
-/// Whom the product is measured beside.
-pub fn for_peers() -> Result<()> {
-    programs(&[
+/// Whom the product is measured beside; without those that can't be had here.
+pub fn for_peers() {
+    for peer in [
         ("tcpstates", "libbpf-tools"),
         ("bpftrace", "bpftrace"),
         ("ss", "iproute2"),
-    ])?;
+    ] {
+        or_without(peer.0, programs(&[peer]));
+    }
     let exporter = "prometheus-node-exporter";
-    unpacked(exporter, &[exporter])
+    // Other distributions call it so.
+    if !installed(exporter) && !installed("node_exporter") {
+        or_without(exporter, unpacked(exporter, &[exporter]));
+    }
+}
+
+fn or_without(peer: &str, had: Result<()>) {
+    if let Err(error) = had {
+        host::say(&format!("without {peer}: {error:#}"));
+    }
+}
+
+/// Also where a user's PATH lacks the folders of root's.
+fn installed(program: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    which::which_in(program, Some(path), "/").is_ok()
 }
 
 pub fn for_vm() -> Result<()> {
@@ -167,11 +184,11 @@ fn unpacked(package: &str, programs: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Installs the packages of those programs that are not in PATH.
+/// Installs the packages of those programs that are not there.
 fn programs(wanted: &[(&str, &str)]) -> Result<()> {
     let missing: Vec<&str> = wanted
         .iter()
-        .filter(|(program, _)| !host::has(program))
+        .filter(|(program, _)| !installed(program))
         .map(|&(_, package)| package)
         .collect();
     if missing.is_empty() {
